@@ -1,0 +1,173 @@
+"""The growing mini-batch: which samples make up mini-batch t of an epoch.
+
+Zhou, Yuan, Feng (NeurIPS 2018) let the mini-batch of hybrid stochastic gradient hard thresholding grow as s_t = s_0*(1+k)^t;
+the authors' release grows it linearly within each epoch (64 -> 128). Everything here is a function of (seed, epoch), so a
+position in the training is two integers, and every process can work out its share without asking the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sized
+
+import torch
+from torch.utils.data import Sampler
+
+K_MEANINGS = (
+    "k must be None (constant batch_size), a step size 0 < k < 1 (mini-batch t has floor(batch_size*(1+k*t)) samples), "
+    "or a cap k >= batch_size (mini-batch t has batch_size+4*t samples, up to k)"
+)
+GROWTHS = ("linear", "exponential")
+# The release adds four samples per mini-batch when k is the cap.
+CAP_INCREMENT = 4
+
+
+def batch_size_at(
+    t: int, batch_size: int, k: float | None = None, growth: str = "linear", max_batch_size: int | None = None
+) -> int:
+    """Samples in mini-batch t = 0, 1, ... of the schedule, before the end of the data cuts it short.
+
+    Args:
+        t: number of the mini-batch.
+        batch_size: samples in mini-batch 0.
+        k: None, a step size in (0, 1), or a cap >= batch_size; see K_MEANINGS.
+        growth: "linear" (the release), or "exponential": batch_size*(1+k)^t (the paper), for a step size only.
+        max_batch_size: bound for a step size; None: 2*batch_size for linear growth, no bound for exponential growth.
+    """
+    if k is None:
+        return batch_size
+    if k >= 1:
+        return min(batch_size + CAP_INCREMENT * t, int(k))
+    if growth == "exponential":
+        # In logarithms, because (1+k)^t overflows long before a bound that is far away matters.
+        exponent = math.log(batch_size) + t * math.log1p(k)
+        size = math.inf if exponent > 40 else batch_size * (1 + k) ** t
+    else:
+        size = batch_size * (1 + k * t)
+        max_batch_size = 2 * batch_size if max_batch_size is None else max_batch_size
+    bound = 2**40 if max_batch_size is None else max_batch_size
+    # The factor lifts products such as 28.999999999999996 to the decimal number that was meant.
+    return bound if size >= bound else math.floor(size * (1 + 1e-12))
+
+
+class GrowingBatchSampler(Sampler[list[int]]):
+    """Yields lists of indices whose length grows over the epoch, or over the whole training.
+
+    Args:
+        sampler: an iterable with a length that gives indices (it orders the epoch itself), or a number of samples N, for which
+            the sampler orders 0..N-1 itself.
+        batch_size, k, growth, max_batch_size: see batch_size_at. Sizes are those of the whole mini-batch, over all ranks.
+        shuffle: with a number of samples, a new permutation every epoch, from (seed, epoch).
+        drop_last: leave out a last mini-batch that is shorter than the schedule asks for.
+        restart: True starts the schedule again every epoch (the release); False continues it (the paper).
+        seed: of the permutations; the same on every rank.
+        num_replicas, rank: of the mini-batch that one process would get, rank r of R takes entries r, r+R, r+2R, ...; the shares
+            together are that mini-batch. A share may be empty when the mini-batch has fewer samples than there are ranks.
+
+    Raises:
+        ValueError: an argument out of range, named with its value.
+    """
+
+    def __init__(
+        self,
+        sampler: Sized | int,
+        batch_size: int,
+        k: float | None = None,
+        *,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        growth: str = "linear",
+        restart: bool = True,
+        max_batch_size: int | None = None,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ):
+        _check_schedule(batch_size, k, growth, max_batch_size)
+        if not (isinstance(num_replicas, int) and num_replicas >= 1 and isinstance(rank, int) and 0 <= rank < num_replicas):
+            raise ValueError(f"rank must be in 0..num_replicas-1, got rank={rank!r} and num_replicas={num_replicas!r}")
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.k = k
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.growth = growth
+        self.restart = restart
+        self.max_batch_size = max_batch_size
+        self.seed = seed
+        self.num_replicas = num_replicas
+        self.rank = rank
+        self.epoch = 0
+        self.start = 0
+        self._known_starts = [0]
+
+    @property
+    def num_samples(self) -> int:
+        return self.sampler if isinstance(self.sampler, int) else len(self.sampler)
+
+    def sizes(self, epoch: int | None = None) -> list[int]:
+        """Sizes of the mini-batches of one epoch (the current one by default), over all ranks together."""
+        return self._sizes_from(self._first_t(self.epoch if epoch is None else epoch))
+
+    def _sizes_from(self, t: int) -> list[int]:
+        sizes, left = [], self.num_samples
+        while left > 0:
+            wanted = batch_size_at(t, self.batch_size, self.k, self.growth, self.max_batch_size)
+            if wanted > left and self.drop_last:
+                break
+            sizes.append(min(wanted, left))
+            left -= sizes[-1]
+            t += 1
+        return sizes
+
+    def _first_t(self, epoch: int) -> int:
+        """The schedule's t at the beginning of an epoch: with restart=False the number of mini-batches before it."""
+        if self.restart:
+            return 0
+        while len(self._known_starts) <= epoch:
+            before = self._known_starts[-1]
+            # Once an epoch is empty (drop_last and a mini-batch larger than the data) all later ones are.
+            self._known_starts.append(before + len(self._sizes_from(before)))
+        return self._known_starts[epoch]
+
+    def __len__(self) -> int:
+        return len(self.sizes())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Mini-batches of epoch `self.epoch`, from number `self.start` on; `start` returns to 0."""
+        sizes, skip, self.start = self.sizes(), self.start, 0
+        if not isinstance(self.sampler, int):
+            order = list(self.sampler)
+        elif self.shuffle:
+            order = torch.randperm(self.sampler, generator=seeded_generator(self.seed, self.epoch)).tolist()
+        else:
+            order = range(self.sampler)
+        begin = sum(sizes[:skip])
+        for size in sizes[skip:]:
+            yield list(order[begin : begin + size][self.rank :: self.num_replicas])
+            begin += size
+
+
+def seeded_generator(seed: int, epoch: int) -> torch.Generator:
+    """A generator for one epoch of one seed. torch seeds Mersenne twisters from 32 bits well, but neighbouring seeds and
+    epochs must not meet (seed 1, epoch 2 and seed 2, epoch 1), hence the large odd factor."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch * 0x9E3779B1 + 1) % 2**63)
+
+
+def _check_schedule(batch_size: int, k: float | None, growth: str, max_batch_size: int | None) -> None:
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
+    if growth not in GROWTHS:
+        raise ValueError(f"growth must be one of {GROWTHS}, got {growth!r}")
+    is_number = isinstance(k, (int, float)) and not isinstance(k, bool) and not math.isnan(k)
+    is_step = is_number and 0 < k < 1
+    is_cap = is_number and k >= batch_size and k == math.floor(k) if is_number and math.isfinite(k) else False
+    if k is not None and not is_step and not (is_cap and k >= 1):
+        raise ValueError(f"{K_MEANINGS}; got k={k!r} with batch_size={batch_size}")
+    if growth == "exponential" and not is_step:
+        raise ValueError(f'growth="exponential" needs a step size 0 < k < 1, got k={k!r}')
+    if max_batch_size is not None:
+        if not is_step:
+            raise ValueError(f"max_batch_size={max_batch_size!r} bounds a step size 0 < k < 1, got k={k!r}")
+        if not isinstance(max_batch_size, int) or max_batch_size < batch_size:
+            raise ValueError(f"max_batch_size must be a whole number >= batch_size={batch_size}, got {max_batch_size!r}")
