@@ -31,7 +31,8 @@ class DataLoader(TorchDataLoader):
             several ranks, which must agree). An epoch's order depends on nothing but (seed, epoch).
         sampler: gives the order instead of shuffle.
         batch_sampler: torch's own argument: replaces the schedule, so k must be None.
-        collate_fn, num_workers, pin_memory, persistent_workers and further keywords: as in torch.
+        collate_fn, num_workers, pin_memory, persistent_workers and further keywords: as in torch. A `generator` of your own is
+            used for the workers' seeds and never reseeded here.
 
     Raises:
         ValueError: an argument out of range; an invalid k names the three meanings above.
@@ -87,7 +88,9 @@ class DataLoader(TorchDataLoader):
             collate_fn = _as_it_is if getattr(dataset, "returns_batches", False) else default_collate
             if num_replicas > 1:
                 collate_fn = _CollateShare(collate_fn)
-        torch_options.setdefault("generator", torch.Generator())
+        own_generator = torch_options.get("generator") is None
+        if own_generator:
+            torch_options["generator"] = torch.Generator()
         super().__init__(
             dataset,
             batch_sampler=batch_sampler,
@@ -97,6 +100,7 @@ class DataLoader(TorchDataLoader):
             **torch_options,
         )
         self.seed = seed
+        self._own_generator = own_generator
         self._epoch = 0  # of the next iter(), or of the one at hand
         self._begun = False  # epoch _epoch has been started, so the next iter() is _epoch + 1
         self._position = 0  # mini-batches of epoch _epoch that were handed out
@@ -144,8 +148,9 @@ class DataLoader(TorchDataLoader):
             self.batch_sampler.epoch, self.batch_sampler.start = epoch, position
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
-        # torch draws the workers' seeds from this generator.
-        self.generator.set_state(seeded_generator(self.seed, epoch).get_state())
+        if self._own_generator:
+            # torch draws the workers' seeds from it.
+            self.generator.set_state(seeded_generator(self.seed, epoch).get_state())
         for batch in super().__iter__():
             position += 1
             if self._epoch == epoch:

@@ -159,10 +159,10 @@ def _check_schedule(batch_size: int, k: float | None, growth: str, max_batch_siz
         raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
     if growth not in GROWTHS:
         raise ValueError(f"growth must be one of {GROWTHS}, got {growth!r}")
-    is_number = isinstance(k, (int, float)) and not isinstance(k, bool) and not math.isnan(k)
+    is_number = isinstance(k, (int, float)) and not isinstance(k, bool) and math.isfinite(k)
     is_step = is_number and 0 < k < 1
-    is_cap = is_number and k >= batch_size and k == math.floor(k) if is_number and math.isfinite(k) else False
-    if k is not None and not is_step and not (is_cap and k >= 1):
+    is_cap = is_number and k >= batch_size and k == math.floor(k)
+    if k is not None and not is_step and not is_cap:
         raise ValueError(f"{K_MEANINGS}; got k={k!r} with batch_size={batch_size}")
     if growth == "exponential" and not is_step:
         raise ValueError(f'growth="exponential" needs a step size 0 < k < 1, got k={k!r}')

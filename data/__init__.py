@@ -1,0 +1,8 @@
+"""Data: the growing DataLoader and the image sets. Downloads go into this folder too (git ignores them)."""
+
+from data.images import ImageArrays
+from data.loader import DataLoader
+from data.sampler import GrowingBatchSampler
+from data.sources import DATASETS, Data, load
+
+__all__ = ["DATASETS", "Data", "DataLoader", "GrowingBatchSampler", "ImageArrays", "load"]

@@ -1,0 +1,92 @@
+"""VGG for 32x32 images (Simonyan, Zisserman, ICLR 2015), with and without BatchNorm.
+
+The convolutions of configurations A, B, D and E with biases, five max-poolings down to 1x1, and a head
+512-512-512-classes with ReLU and dropout 0.5. Names: features.N, classifier.{0,3,6}.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+# Output channels of the convolutions, stage by stage; every stage ends in a 2x2 max-pooling.
+STAGES = {
+    11: ((64,), (128,), (256, 256), (512, 512), (512, 512)),
+    13: ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512)),
+    16: ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)),
+    19: ((64, 64), (128, 128), (256, 256, 256, 256), (512, 512, 512, 512), (512, 512, 512, 512)),
+}
+
+
+class CifarVGG(nn.Module):
+    """VGG-`depth` for 32x32 images.
+
+    Args:
+        depth: 11, 13, 16 or 19 layers.
+        num_classes: width of the output.
+        batch_norm: BatchNorm after every convolution.
+
+    Shapes: images (B, 3, 32, 32) to logits (B, num_classes).
+    """
+
+    def __init__(self, depth: int, num_classes: int = 10, batch_norm: bool = False):
+        super().__init__()
+        if depth not in STAGES:
+            raise ValueError(f"depth must be one of {tuple(STAGES)}, got {depth}")
+        self.num_classes = num_classes
+        layers: list[nn.Module] = []
+        self._stage_ends = []
+        in_channels = 3
+        for stage in STAGES[depth]:
+            for channels in stage:
+                layers.append(nn.Conv2d(in_channels, channels, 3, padding=1))
+                if batch_norm:
+                    layers.append(nn.BatchNorm2d(channels))
+                layers.append(nn.ReLU(inplace=True))
+                in_channels = channels
+            layers.append(nn.MaxPool2d(2))
+            self._stage_ends.append(len(layers))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(
+            nn.Linear(512, 512),
+            nn.ReLU(inplace=True),
+            nn.Dropout(0.5),
+            nn.Linear(512, 512),
+            nn.ReLU(inplace=True),
+            nn.Dropout(0.5),
+            nn.Linear(512, num_classes),
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+                nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, return_features: bool = False):
+        """Logits; with return_features (logits, features (B, 512) after pooling, [outputs of the five stages])."""
+        stages = []
+        begin = 0
+        for end in self._stage_ends:
+            x = self.features[begin:end](x)
+            stages.append(x)
+            begin = end
+        features = torch.flatten(x, 1)
+        logits = self.classifier(features)
+        return (logits, features, stages) if return_features else logits
+
+
+def _builder(depth: int, batch_norm: bool):
+    def build(num_classes: int = 10) -> CifarVGG:
+        return CifarVGG(depth, num_classes, batch_norm)
+
+    build.__name__ = build.__qualname__ = f"vgg{depth}{'_bn' if batch_norm else ''}"
+    return build
+
+
+vgg11, vgg13, vgg16, vgg19 = (_builder(depth, False) for depth in STAGES)
+vgg11_bn, vgg13_bn, vgg16_bn, vgg19_bn = (_builder(depth, True) for depth in STAGES)

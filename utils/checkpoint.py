@@ -1,0 +1,110 @@
+"""Checkpoints: plain tensors, numbers and strings, written so that a crash leaves the previous file, read without executing anything."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+
+def write(checkpoint: dict, *paths: str | os.PathLike) -> None:
+    """Writes one checkpoint to each of the paths: to a temporary file beside it, flushed to the disk, then renamed.
+
+    Raises:
+        UserError: the disk is full or the folder not writable; earlier files at the paths are untouched.
+    """
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    for path in map(Path, paths):
+        replace_file(path, buffer.getbuffer())
+
+
+def replace_file(path: Path, content: bytes | memoryview) -> None:
+    """Puts `content` at `path` atomically: readers and crashes see the old file or the new one, nothing between."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write '{path}' ({error.strerror}); what was there before is intact") from None
+
+
+def read(path: str | os.PathLike) -> dict:
+    """A checkpoint as a dict with at least "state_dict", tensors on the CPU.
+
+    A bare state dict is wrapped, a `module.` prefix of the names is taken off. Only tensors and plain values are read
+    (torch's weights_only), so a file from others cannot run code.
+
+    Raises:
+        UserError: missing, damaged, unsafe, or no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at '{path}'; check the path")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+        if "Unsupported" in str(error) or "weights_only" in str(error) and "GLOBAL" in str(error):
+            raise UserError(f"'{path}' holds more than tensors and plain values and is not read, as it could run code") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise UserError(f"'{path}' is damaged or is no PyTorch checkpoint ({reason}); use an intact copy") from None
+    if isinstance(content, dict) and "state_dict" not in content and content and all(isinstance(v, Tensor) for v in content.values()):
+        content = {"state_dict": content}
+    weights = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise UserError(f"'{path}' is no checkpoint: it has no state_dict of tensors")
+    if all(name.startswith("module.") for name in weights):
+        content["state_dict"] = {name.removeprefix("module."): value for name, value in weights.items()}
+    return content
+
+
+def load_weights(net: nn.Module, state_dict: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """Copies weights into a network; BatchNorm's num_batches_tracked may be missing (PyTorch before 0.4.1).
+
+    Raises:
+        UserError: names or shapes differ; the line names the first that does.
+    """
+    own = net.state_dict()
+    missing = [name for name in own if name not in state_dict and not name.endswith("num_batches_tracked")]
+    odd = [name for name in state_dict if name not in own]
+    shapes = [name for name in own if name in state_dict and own[name].shape != state_dict[name].shape]
+    reasons = [f"no '{name}' in the file" for name in missing[:1]]
+    reasons += [f"'{name}' of the file has no place in the network" for name in odd[:1]]
+    reasons += [f"'{n}' is {tuple(state_dict[n].shape)} in the file, {tuple(own[n].shape)} in the network" for n in shapes[:1]]
+    if reasons:
+        raise UserError(f"'{path}' does not fit this network: {'; '.join(reasons)}; choose the --arch and --dataset that it was trained with")
+    net.load_state_dict(state_dict, strict=False)
+
+
+def random_states() -> dict:
+    """The states of all random generators, as tensors and plain values."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": list(random.getstate()),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+    }
+
+
+def restore_random_states(states: dict) -> None:
+    """Sets all random generators as `random_states` found them; GPU states only when there are as many GPUs."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))

@@ -1,0 +1,51 @@
+"""Where a run computes, and with which software: chosen by itself, printed and saved with every result."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+
+import numpy as np
+import torch
+
+from utils.errors import UserError
+from utils.torchvision_import import import_torchvision
+
+
+def choose_device(ngpu: int | None) -> torch.device:
+    """The CPU for ngpu 0 or where there is no GPU, else the first GPU.
+
+    Raises:
+        UserError: more GPUs are asked for than one process uses, or one where there is none.
+    """
+    if ngpu is not None and ngpu > 1:
+        raise UserError(f"--ngpu {ngpu}: one process trains on one GPU; use --ngpu 1")
+    if ngpu == 1 and not torch.cuda.is_available():
+        # The release's command lines all say --ngpu 1; on a machine without a GPU the CPU does the same work.
+        print("--ngpu 1, but there is no CUDA GPU here: using the CPU")
+    return torch.device("cuda" if ngpu != 0 and torch.cuda.is_available() else "cpu")
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds torch (every device), numpy and Python."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def describe_machine(device: torch.device) -> dict:
+    """Hardware of a run, for results.json."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {"device": device.type, "gpu": gpu, "cpu_cores": os.cpu_count(), "threads": torch.get_num_threads(), "machine": platform.machine()}
+
+
+def describe_versions() -> dict:
+    """Software of a run, for results.json."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(import_torchvision().__version__),
+        "numpy": np.__version__,
+        "cuda": torch.version.cuda,
+    }

@@ -1,0 +1,133 @@
+"""The command line of the training scripts: flags, their checks, and the settings that come of flags and recipe."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+
+from utils.errors import UserError
+from utils.recipes import RECIPES, fit_schedule
+
+# Options a recipe fills in where the command line is silent.
+RECIPE_KEYS = ("epochs", "learning_rate", "momentum", "decay", "schedule", "gammas", "batch_size", "k", "HTrate", "v")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose complaint is one line, and which takes long options with hyphens or underscores."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None):
+        return super().parse_args([_underscored(a) for a in (sys.argv[1:] if args is None else args)], namespace)
+
+
+def _underscored(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}"
+
+
+def number(kind: Callable, accept: Callable[[float], bool], meaning: str):
+    """An argparse type: a finite number of `kind` that `accept` takes; `meaning` says which in the complaint."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not math.isfinite(value) or not accept(value):
+            raise argparse.ArgumentTypeError(f"must be {meaning}, got '{text}'")
+        return value
+
+    return parse
+
+
+def k_number(text: str) -> float | int | str:
+    """--k: "none", a step size, or a cap; its range depends on the batch size and is checked with it."""
+    if text.lower() == "none":
+        return "none"
+    value = number(float, lambda x: True, "a number or none")(text)
+    return int(value) if value == math.floor(value) else value
+
+
+count = number(int, lambda n: n >= 1, "a whole number >= 1")
+whole = number(int, lambda n: n >= 0, "a whole number >= 0")
+seed_number = number(int, lambda n: 0 <= n < 2**32, "a whole number in 0..2^32-1")
+positive = number(float, lambda x: x > 0, "a number > 0")
+not_negative = number(float, lambda x: x >= 0, "a number >= 0")
+kept_rate = number(float, lambda x: 0 < x <= 1, "the share of filters KEPT, in (0, 1]")
+pruned_rate = number(float, lambda x: 0 <= x < 1, "the share of filters REMOVED, in [0, 1)")
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what every training script takes, in titled groups."""
+    group = parser.add_argument_group("recipe and training")
+    group.add_argument("--recipe", choices=RECIPES, help="numbers for everything below that is not given (default: prune)")
+    group.add_argument("--epochs", type=count, help="passes over the data (recipe: 200)")
+    group.add_argument("--batch_size", "-b", type=count, help="images in the first mini-batch (recipes: 128, pruning 64)")
+    group.add_argument("--learning_rate", "--lr", type=positive, help="learning rate of epoch 0 (recipes: 0.01, finetune 0.001)")
+    group.add_argument("--momentum", type=not_negative, help="Nesterov momentum (0.9)")
+    group.add_argument("--decay", "--weight_decay", "--wd", type=not_negative, help="weight decay (5e-4)")
+    group.add_argument("--schedule", type=whole, nargs="+", metavar="EPOCH", help="epochs at which the learning rate changes (1 60 120 160)")
+    group.add_argument("--gammas", type=positive, nargs="+", metavar="G", help="factors at these epochs (10 0.2 0.2 0.2)")
+    group.add_argument("--fit_schedule", action="store_true", help="scale the recipe's milestones to --epochs")
+
+    group = parser.add_argument_group("pruning")
+    rates = group.add_mutually_exclusive_group()
+    rates.add_argument("--HTrate", type=kept_rate, help="share of filters KEPT in every convolution (0.7)")
+    rates.add_argument("--prune_rate", type=pruned_rate, help="share of filters REMOVED: 0.3 is --HTrate 0.7")
+    group.add_argument("--k", type=k_number, help="growing mini-batch: step size in (0, 1), cap >= batch size, or none (recipe: 128)")
+    group.add_argument("--growth", choices=("linear", "exponential"), default="linear", help="growth for a step size (linear)")
+    group.add_argument("--max_batch_size", type=count, help="bound for a step size (2 x batch size)")
+    group.add_argument("--no_restart", action="store_true", help="continue the growth over epochs, as in the paper")
+    group.add_argument("--v", type=not_negative, help="weight of the heavy ball (0.1)")
+    group.add_argument("--heavy_ball", choices=("paper", "released"), default="paper", help="true heavy ball, or the release's, which is zero")
+    group.add_argument("--norm", type=int, choices=(2, 1), default=2, help="norm that ranks filters (2)")
+    group.add_argument("--threshold_every", choices=("step", "epoch"), default="step", help="when filters are thresholded (step)")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--save_path", help="folder for log, checkpoints and results (runs/<recipe>-<dataset>-<network>-...)")
+    group.add_argument("--resume", metavar="FILE", help="checkpoint to continue, or to start from (finetune, evaluate)")
+    group.add_argument("--evaluate", action="store_true", help="only test the network of --resume")
+    group.add_argument("--manualSeed", "--seed", type=seed_number, default=1, help="seed of everything random (1)")
+    group.add_argument("--workers", "-j", type=whole, default=0, help="processes that make mini-batches (0: this one)")
+    group.add_argument("--print_freq", "--print_frequency", type=count, default=200, help="mini-batches between log lines (200)")
+    group.add_argument("--ngpu", type=whole, help="0: CPU; 1: one GPU (default: a GPU where there is one)")
+    group.add_argument("--use_state_dict", action="store_true", help="taken for the release's command lines; always so here")
+
+
+def resolve_recipe(args: argparse.Namespace) -> argparse.Namespace:
+    """Fills in the recipe's numbers, makes HTrate and prune_rate agree, and checks what single flags cannot.
+
+    Raises:
+        UserError: flags that contradict each other.
+    """
+    args.recipe = args.recipe or "prune"
+    recipe = RECIPES[args.recipe]
+    if args.prune_rate is not None:
+        # Rounded, as 1 - 0.9 is 0.09999999999999998.
+        args.HTrate = round(1 - args.prune_rate, 12)
+    if args.recipe == "baseline" and args.HTrate not in (None, 1):
+        raise UserError(f"recipe baseline keeps every filter, got HTrate={args.HTrate:g}; use --recipe prune")
+    if args.fit_schedule and args.schedule is not None:
+        raise UserError("--fit_schedule scales the recipe's milestones; give it or --schedule, not both")
+    if args.fit_schedule:
+        args.schedule = fit_schedule(recipe["schedule"], args.epochs or recipe["epochs"], recipe["epochs"])
+    for key in RECIPE_KEYS:
+        if getattr(args, key) is None:
+            setattr(args, key, recipe[key])
+    args.k = None if args.k == "none" else args.k
+    args.prune_rate = round(1 - args.HTrate, 12)
+    if len(args.schedule) != len(args.gammas):
+        raise UserError(f"--schedule has {len(args.schedule)} epochs and --gammas {len(args.gammas)} factors; give as many of each")
+    if sorted(args.schedule) != args.schedule:
+        raise UserError(f"--schedule must ascend, got {' '.join(map(str, args.schedule))}")
+    if args.recipe == "finetune" and not args.resume:
+        raise UserError("recipe finetune starts from a pruned checkpoint; add --resume FILE")
+    if args.evaluate and not args.resume:
+        raise UserError("--evaluate tests a trained network; add --resume FILE")
+    return args

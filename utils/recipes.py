@@ -1,0 +1,27 @@
+"""The release's training recipes as numbers, and the learning-rate schedule that they share."""
+
+from __future__ import annotations
+
+import math
+
+COMMON = dict(
+    epochs=200, learning_rate=0.01, momentum=0.9, decay=5e-4, schedule=[1, 60, 120, 160], gammas=[10.0, 0.2, 0.2, 0.2]
+)
+PRUNE = dict(batch_size=64, k=128, HTrate=0.7, v=0.1)
+PLAIN = dict(batch_size=128, k=None, HTrate=1.0, v=0.0)
+
+RECIPES: dict[str, dict] = {
+    "baseline": {**COMMON, **PLAIN},
+    "prune": {**COMMON, **PRUNE},
+    "finetune": {**COMMON, **PRUNE, "learning_rate": 0.001},
+}
+
+
+def learning_rate_at(epoch: int, base: float, schedule: list[int], gammas: list[float]) -> float:
+    """Learning rate of an epoch: base times every gamma whose milestone has been reached."""
+    return base * math.prod(gamma for milestone, gamma in zip(schedule, gammas, strict=True) if epoch >= milestone)
+
+
+def fit_schedule(schedule: list[int], epochs: int, full_epochs: int) -> list[int]:
+    """Milestones of a recipe of `full_epochs`, scaled to `epochs`; milestone 1, the end of the warm-up epoch, stays."""
+    return [m if m <= 1 else max(1, round(m * epochs / full_epochs)) for m in schedule]

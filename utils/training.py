@@ -1,0 +1,211 @@
+"""A whole training run: epochs, evaluation, checkpoints, log and results. Both training scripts end here."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from AHSG_HT import AHSG_HT
+from utils import checkpoint as checkpoints
+from utils.curves import draw_curves
+from utils.device import describe_machine, describe_versions
+from utils.engine import PassResult, evaluate, train_epoch
+from utils.errors import UserError
+from utils.plan import Layer, check_plan, count_zero_filters, kept_filters
+from utils.progress import EpochProgress, format_seconds
+from utils.recipes import learning_rate_at
+from utils.run_folder import RunFolder
+
+# Seconds between two drawings of the curves while a run is under way.
+DRAW_SECONDS = 60
+
+
+@dataclass
+class Training:
+    """Everything one run needs; `train` runs it.
+
+    Attributes:
+        args: the resolved settings, saved with checkpoints and results.
+        arch: registry name of the network that is trained.
+        data_source: where the images came from, in words.
+        objective: what is minimised; see utils.objective.
+        plan: filters to keep per convolution.
+        history: a row of metrics per epoch done.
+        facts: further entries for results.json.
+    """
+
+    args: argparse.Namespace
+    run: RunFolder
+    arch: str
+    num_classes: int
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+    objective: Callable
+    train_loader: object
+    test_loader: object
+    device: torch.device
+    plan: list[Layer]
+    data_source: str
+    history: list[dict] = field(default_factory=list)
+    facts: dict = field(default_factory=dict)
+
+    @property
+    def thresholds(self) -> bool:
+        return isinstance(self.optimizer, AHSG_HT) and self.args.HTrate < 1
+
+    def train(self) -> dict:
+        """Runs the epochs that are left and returns what it wrote to results.json."""
+        args, history = self.args, self.history
+        last_drawn, begin, begin_epoch = time.monotonic(), time.monotonic(), len(history)
+        for epoch in range(begin_epoch, args.epochs):
+            lr = learning_rate_at(epoch, args.learning_rate, args.schedule, args.gammas)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            best = max((row["test_acc"] for row in history), default=0.0)
+            done = epoch - begin_epoch
+            need = (time.monotonic() - begin) / done * (args.epochs - epoch) if done else 0
+            self.run.log(
+                f"\n==>>[{time.strftime('%Y-%m-%d-%H:%M:%S')}] [Epoch={epoch:03d}/{args.epochs:03d}] [Need: {format_seconds(need)}] "
+                f"[learning_rate={lr:6.4f}] [Best : Accuracy={best:.2f}, Error={100 - best:.2f}]"
+            )
+            self.train_loader.set_epoch(epoch)
+            with EpochProgress(self.run, epoch, args.epochs, len(self.train_loader), args.print_freq) as progress:
+                trained = train_epoch(
+                    self.net,
+                    self.train_loader,
+                    self.objective,
+                    self.optimizer,
+                    self.device,
+                    epoch=epoch,
+                    threshold_every=args.threshold_every,
+                    on_step=progress.on_step,
+                )
+            self.run.log(format_pass("Train", trained))
+            tested = evaluate(self.net, self.test_loader, self.device)
+            self.run.log(format_pass("Test", tested))
+            kept = kept_filters(self.net)
+            if self.thresholds:
+                check_plan(self.plan, kept)
+                self.run.log(f"  **Filters** zero: {count_zero_filters(self.plan, kept)}")
+            history.append(
+                dict(
+                    epoch=epoch,
+                    lr=lr,
+                    train_loss=trained.loss,
+                    train_acc=trained.top1,
+                    test_loss=tested.loss,
+                    test_acc=tested.top1,
+                    images_per_s=trained.images_per_s,
+                    seconds=trained.seconds + tested.seconds,
+                )
+            )
+            self.run.save_checkpoint(self.checkpoint(), is_best=tested.top1 > best)
+            self.run.write_metrics(history)
+            results = self.results(kept)
+            self.run.write_results(results)
+            if results["finished"] or time.monotonic() - last_drawn > DRAW_SECONDS:
+                draw_curves(history, self.title(), self.run.path / "curves.png")
+                last_drawn = time.monotonic()
+        return results
+
+    def title(self) -> str:
+        kept = f", HTrate {self.args.HTrate:g}" if self.thresholds else ""
+        return f"{self.arch} on {self.args.dataset}: {self.args.recipe}{kept}, batch {self.args.batch_size}, seed {self.args.manualSeed}"
+
+    def checkpoint(self) -> dict:
+        """The keys of the release (epoch, arch, state_dict, best_prec1, optimizer), and what exact resumption needs."""
+        return {
+            "epoch": len(self.history),
+            "arch": self.arch,
+            "state_dict": self.net.state_dict(),
+            "best_prec1": max(row["test_acc"] for row in self.history),
+            "optimizer": self.optimizer.state_dict(),
+            "num_classes": self.num_classes,
+            "dataset": self.args.dataset,
+            "settings": vars(self.args),
+            "history": self.history,
+            "random_states": checkpoints.random_states(),
+            "loader": self.train_loader.state_dict(),
+        }
+
+    def restore(self, checkpoint: dict, path: str) -> None:
+        """Continues a run from its checkpoint: weights, optimizer, random states, metrics so far.
+
+        Raises:
+            UserError: the checkpoint is of another network or of no use for this optimizer.
+        """
+        if checkpoint.get("arch", self.arch) != self.arch:
+            raise UserError(f"'{path}' is a checkpoint of {checkpoint['arch']}, not of {self.arch}; use --arch {checkpoint['arch']}")
+        checkpoints.load_weights(self.net, checkpoint["state_dict"], path)
+        if "optimizer" in checkpoint:
+            restore_optimizer(self.optimizer, checkpoint["optimizer"], path)
+        if self.args.recipe == "finetune":
+            return
+        self.history.extend(checkpoint.get("history", []))
+        if "random_states" in checkpoint:
+            checkpoints.restore_random_states(checkpoint["random_states"])
+
+    def results(self, kept: dict[str, list[int]]) -> dict:
+        """The content of results.json."""
+        rows = self.history
+        best = max(rows, key=lambda row: row["test_acc"])
+        return {
+            "finished": len(rows) >= self.args.epochs,
+            "recipe": self.args.recipe,
+            "dataset": self.args.dataset,
+            "data_source": self.data_source,
+            "synthetic_data": self.args.dataset == "synthetic",
+            "arch": self.arch,
+            "num_classes": self.num_classes,
+            "seed": self.args.manualSeed,
+            "epochs_done": len(rows),
+            "last_epoch_accuracy": rows[-1]["test_acc"],
+            "best_epoch_accuracy": best["test_acc"],
+            "best_epoch": best["epoch"],
+            "HTrate": self.args.HTrate,
+            "prune_rate": self.args.prune_rate,
+            "seconds": sum(row["seconds"] for row in rows),
+            "filters": [
+                {"name": layer.name, "shape": list(layer.shape), "kept": len(kept[layer.name]), "kept_indices": kept[layer.name]}
+                for layer in self.plan
+            ],
+            **self.facts,
+            "settings": vars(self.args),
+            "optimizer": type(self.optimizer).__name__,
+            "machine": describe_machine(self.device),
+            "versions": describe_versions(),
+            "command": shlex.join(["python", *sys.argv]),
+        }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str) -> None:
+    """Takes momentum and x_{t-1} from a saved optimizer; options (learning rate, HTrate, ...) stay those of this run.
+
+    Raises:
+        UserError: the saved optimizer is of other parameters.
+    """
+    options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(saved)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the optimizer saved in '{path}' does not fit this network ({error})") from None
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        params = group["params"]
+        group.clear()
+        group.update(own, params=params)
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape != p.shape:
+                raise UserError(f"'{name}' saved in '{path}' has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}")
+
+
+def format_pass(name: str, result: PassResult) -> str:
+    """The release's line, `**Test** Prec@1 .. Prec@5 .. Error@1 ..`."""
+    return f"  **{name}** Prec@1 {result.top1:.3f} Prec@5 {result.top5:.3f} Error@1 {100 - result.top1:.3f}"
