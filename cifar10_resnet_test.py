@@ -35,11 +35,22 @@ EVALUATION_BATCH = 500
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("data_path", nargs="?", default="./data", help="where the images are, or go (./data)")
     group = parser.add_argument_group("data and network")
-    group.add_argument("--dataset", choices=data.DATASETS, default="cifar10", help="folder: an image tree of your own (cifar10)")
-    group.add_argument("--arch", "-a", choices=models.REGISTRY, default="resnet20", metavar="ARCH", help=f"network: {', '.join(models.REGISTRY)}")
+    group.add_argument(
+        "--dataset", choices=data.DATASETS, default="cifar10", help="folder: an image tree of your own (cifar10)"
+    )
+    group.add_argument(
+        "--arch",
+        "-a",
+        choices=models.REGISTRY,
+        default="resnet20",
+        metavar="ARCH",
+        help=f"network: {', '.join(models.REGISTRY)}",
+    )
     add_training_options(parser)
     return resolve_recipe(parser.parse_args(argv))
 
@@ -55,7 +66,9 @@ def build_optimizer(net: torch.nn.Module, args: argparse.Namespace) -> torch.opt
 
 def build_loaders(images: data.Data, args: argparse.Namespace, device: torch.device):
     if args.batch_size > len(images.train):
-        raise UserError(f"--batch_size {args.batch_size} is more than the {len(images.train)} training images; use a smaller one")
+        raise UserError(
+            f"--batch_size {args.batch_size} is more than the {len(images.train)} training images; use a smaller one"
+        )
     if device.type == "cuda":
         # The images live on the GPU, where worker processes are of no use.
         images.train.to(device), images.test.to(device)
@@ -120,13 +133,17 @@ def main() -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     if args.dataset == "synthetic":
-        print("SYNTHETIC DATA: images made by code, to try the software. NO FIGURE OF THIS RUN SAYS ANYTHING ABOUT CIFAR.")
+        print(
+            "SYNTHETIC DATA: images made by code, to try the software. NO FIGURE OF THIS RUN SAYS ANYTHING ABOUT CIFAR."
+        )
 
     images = data.load(args.dataset, args.data_path, seed=args.manualSeed)
     num_classes = len(images.classes)
     options = models.infer_options(args.arch, checkpoint["state_dict"]) if checkpoint else {"num_classes": num_classes}
     if options["num_classes"] != num_classes:
-        raise UserError(f"'{args.resume}' tells {options['num_classes']} classes apart, the data has {num_classes}; choose the --dataset it was trained on")
+        raise UserError(
+            f"'{args.resume}' tells {options['num_classes']} classes apart, the data has {num_classes}; choose the --dataset it was trained on"
+        )
     net = models.build(args.arch, **options).to(device, memory_format=torch.channels_last)
     train_loader, test_loader = build_loaders(images, args, device)
     if args.evaluate:
@@ -154,16 +171,22 @@ def main() -> None:
         training.restore(checkpoint, args.resume)
     log = training.run.log
     log("settings: " + ", ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
-    log(f"data: {images.source}, {len(images.train)} training and {len(images.test)} test images, {num_classes} classes")
+    log(
+        f"data: {images.source}, {len(images.train)} training and {len(images.test)} test images, {num_classes} classes"
+    )
     log(f"device: {device}, {torch.get_num_threads()} CPU threads; optimizer: {type(training.optimizer).__name__}")
     log(f"keeping HTrate={args.HTrate:g} of the filters, that is prune_rate={args.prune_rate:g} removed")
     log(f"schedule: {describe_schedule(train_loader.sizes(0))}")
     log(format_plan(plan))
     late = [m for m in args.schedule if m >= args.epochs]
     if late:
-        log(f"note: the run ends before the learning-rate milestones {' '.join(map(str, late))}; --fit_schedule scales a recipe's milestones to --epochs")
+        log(
+            f"note: the run ends before the learning-rate milestones {' '.join(map(str, late))}; --fit_schedule scales a recipe's milestones to --epochs"
+        )
     if len(training.history) >= args.epochs:
-        log(f"nothing left to do: {args.resume} has {len(training.history)} of {args.epochs} epochs; a larger --epochs trains on")
+        log(
+            f"nothing left to do: {args.resume} has {len(training.history)} of {args.epochs} epochs; a larger --epochs trains on"
+        )
         return
     results = training.train()
     log(

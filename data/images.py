@@ -25,10 +25,19 @@ class ImageArrays(Dataset):
     returns_batches = True
 
     def __init__(
-        self, images: Tensor, labels: Tensor, mean: Sequence[float], std: Sequence[float], *, augment: bool, seed: int = 0
+        self,
+        images: Tensor,
+        labels: Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        augment: bool,
+        seed: int = 0,
     ):
         if images.dtype != torch.uint8 or images.dim() != 4 or len(images) != len(labels):
-            raise ValueError(f"images must be uint8 (N, C, H, W), one per label; got {images.dtype} {tuple(images.shape)} and {len(labels)} labels")
+            raise ValueError(
+                f"images must be uint8 (N, C, H, W), one per label; got {images.dtype} {tuple(images.shape)} and {len(labels)} labels"
+            )
         self.images = images
         self.labels = labels
         self.mean = torch.tensor(mean, dtype=torch.float32)

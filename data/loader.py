@@ -60,7 +60,9 @@ class DataLoader(TorchDataLoader):
         **torch_options,
     ):
         if isinstance(dataset, IterableDataset):
-            raise ValueError("this DataLoader orders samples by index; an IterableDataset has none: use torch.utils.data.DataLoader")
+            raise ValueError(
+                "this DataLoader orders samples by index; an IterableDataset has none: use torch.utils.data.DataLoader"
+            )
         if sampler is not None and shuffle:
             raise ValueError("sampler and shuffle exclude each other: the sampler gives the order")
         in_group = dist.is_available() and dist.is_initialized()
@@ -83,7 +85,9 @@ class DataLoader(TorchDataLoader):
                 rank=rank,
             )
         elif k is not None or shuffle or drop_last or sampler is not None or batch_size != 1:
-            raise ValueError(f"batch_sampler replaces batch_size, k, shuffle, sampler and drop_last; got k={k!r} beside it")
+            raise ValueError(
+                f"batch_sampler replaces batch_size, k, shuffle, sampler and drop_last; got k={k!r} beside it"
+            )
         if collate_fn is None:
             collate_fn = _as_it_is if getattr(dataset, "returns_batches", False) else default_collate
             if num_replicas > 1:

@@ -84,7 +84,9 @@ class GrowingBatchSampler(Sampler[list[int]]):
         rank: int = 0,
     ):
         _check_schedule(batch_size, k, growth, max_batch_size)
-        if not (isinstance(num_replicas, int) and num_replicas >= 1 and isinstance(rank, int) and 0 <= rank < num_replicas):
+        if not (
+            isinstance(num_replicas, int) and num_replicas >= 1 and isinstance(rank, int) and 0 <= rank < num_replicas
+        ):
             raise ValueError(f"rank must be in 0..num_replicas-1, got rank={rank!r} and num_replicas={num_replicas!r}")
         self.sampler = sampler
         self.batch_size = batch_size
@@ -170,4 +172,6 @@ def _check_schedule(batch_size: int, k: float | None, growth: str, max_batch_siz
         if not is_step:
             raise ValueError(f"max_batch_size={max_batch_size!r} bounds a step size 0 < k < 1, got k={k!r}")
         if not isinstance(max_batch_size, int) or max_batch_size < batch_size:
-            raise ValueError(f"max_batch_size must be a whole number >= batch_size={batch_size}, got {max_batch_size!r}")
+            raise ValueError(
+                f"max_batch_size must be a whole number >= batch_size={batch_size}, got {max_batch_size!r}"
+            )

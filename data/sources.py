@@ -90,12 +90,16 @@ def load(name: str, path: str | os.PathLike, *, seed: int = 0, download: bool = 
         arrays, classes = _read_tree(tree, name, spec)
         source = f"image tree {tree[0].parent}"
     elif spec.torchvision_class is None:
-        raise UserError(f"no image tree at '{path}': expected {path}/train/<class>/<image> and {path}/test/<class>/<image>")
+        raise UserError(
+            f"no image tree at '{path}': expected {path}/train/<class>/<image> and {path}/test/<class>/<image>"
+        )
     else:
         root = find_torchvision_files(name, path)
         if root is None:
             if not download:
-                raise UserError(f"no {name} at '{path}': expected {path}/{spec.torchvision_folder} or an image tree {path}/train, {path}/test")
+                raise UserError(
+                    f"no {name} at '{path}': expected {path}/{spec.torchvision_folder} or an image tree {path}/train, {path}/test"
+                )
             root = _download(name, path, spec)
         arrays, classes = _read_torchvision_files(root, spec)
         source = f"torchvision's files in {root / spec.torchvision_folder}"
@@ -195,9 +199,13 @@ def _read_tree(tree: tuple[Path, Path], name: str, spec: Spec):
     classes = sorted(folders["train"])
     if sorted(folders["test"]) != classes:
         odd = sorted(set(classes) ^ set(folders["test"]))
-        raise UserError(f"'{tree[0]}' and '{tree[1]}' must have the same class folders; only one has: {', '.join(odd[:5])}")
+        raise UserError(
+            f"'{tree[0]}' and '{tree[1]}' must have the same class folders; only one has: {', '.join(odd[:5])}"
+        )
     if spec.classes is not None and len(classes) != spec.classes:
-        raise UserError(f"'{tree[0]}' has {len(classes)} class folders, {name} has {spec.classes}; for images of your own use --dataset folder")
+        raise UserError(
+            f"'{tree[0]}' has {len(classes)} class folders, {name} has {spec.classes}; for images of your own use --dataset folder"
+        )
     arrays = {}
     for split, by_class in folders.items():
         files = [(file, label) for label, c in enumerate(classes) for file in by_class[c]]
@@ -214,9 +222,15 @@ def _class_folders(folder: Path) -> dict[str, list[str]]:
     found = {}
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         if entry.is_dir() and not entry.name.startswith("."):
-            files = sorted(f.path for f in os.scandir(entry.path) if f.name.lower().endswith(IMAGE_SUFFIXES) and not f.name.startswith("."))
+            files = sorted(
+                f.path
+                for f in os.scandir(entry.path)
+                if f.name.lower().endswith(IMAGE_SUFFIXES) and not f.name.startswith(".")
+            )
             if not files:
-                raise UserError(f"class folder '{entry.path}' has no images ({', '.join(IMAGE_SUFFIXES)}); fill it or remove it")
+                raise UserError(
+                    f"class folder '{entry.path}' has no images ({', '.join(IMAGE_SUFFIXES)}); fill it or remove it"
+                )
             found[entry.name] = files
     if not found:
         raise UserError(f"'{folder}' has no class folders; expected {folder}/<class>/<image>")
@@ -240,7 +254,9 @@ def _channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel over all pixels, as shares of 1."""
     # By histogram: exact, and without a float copy of the images.
     levels = torch.arange(256, dtype=torch.float64) / 255
-    counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(images.shape[1])]).double()
+    counts = torch.stack(
+        [torch.bincount(images[:, c].flatten(), minlength=256) for c in range(images.shape[1])]
+    ).double()
     shares = counts / counts.sum(dim=1, keepdim=True)
     mean = shares @ levels
     std = (shares @ levels.square() - mean.square()).clamp_min(1e-8).sqrt()

@@ -28,7 +28,9 @@ def make_images(n: int, seed: int) -> tuple[Tensor, Tensor]:
     grid = torch.arange(SIZE)
     rows = (grid + shift[:, :1]) % SIZE
     columns = (grid + shift[:, 1:]) % SIZE
-    images = patterns[labels[:, None, None, None], torch.arange(3)[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    images = patterns[
+        labels[:, None, None, None], torch.arange(3)[:, None, None], rows[:, None, :, None], columns[:, None, None, :]
+    ]
     contrast = 0.5 + torch.rand(n, 1, 1, 1, generator=generator)
     brightness = torch.randn(n, 1, 1, 1, generator=generator) * 0.5
     noise = torch.randn(images.shape, generator=generator) * 1.2

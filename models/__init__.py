@@ -1,8 +1,8 @@
 """The networks, behind one registry.
 
-    models.resnet20(num_classes=10)         # every name of the registry is also a function of this package
-    models.build("vgg16_bn", num_classes=100)
-    models.load("best.resnet20.pth.tar")    # a ready network from any checkpoint of the project, or a released one
+models.resnet20(num_classes=10)         # every name of the registry is also a function of this package
+models.build("vgg16_bn", num_classes=100)
+models.load("best.resnet20.pth.tar")    # a ready network from any checkpoint of the project, or a released one
 """
 
 from models.load import infer_options, load
@@ -10,4 +10,22 @@ from models.registry import REGISTRY, build
 from models.resnet_cifar import resnet20, resnet32, resnet44, resnet56, resnet110
 from models.vgg_cifar import vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
 
-__all__ = ["REGISTRY", "build", "infer_options", "load", *REGISTRY]
+__all__ = [
+    "REGISTRY",
+    "build",
+    "infer_options",
+    "load",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+    "vgg11",
+    "vgg11_bn",
+    "vgg13",
+    "vgg13_bn",
+    "vgg16",
+    "vgg16_bn",
+    "vgg19",
+    "vgg19_bn",
+]

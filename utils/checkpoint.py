@@ -55,12 +55,29 @@ def read(path: str | os.PathLike) -> dict:
         raise UserError(f"no checkpoint at '{path}'; check the path")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
-        if "Unsupported" in str(error) or "weights_only" in str(error) and "GLOBAL" in str(error):
-            raise UserError(f"'{path}' holds more than tensors and plain values and is not read, as it could run code") from None
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        TypeError,
+    ) as error:
+        if "Unsupported" in str(error) or ("weights_only" in str(error) and "GLOBAL" in str(error)):
+            raise UserError(
+                f"'{path}' holds more than tensors and plain values and is not read, as it could run code"
+            ) from None
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"'{path}' is damaged or is no PyTorch checkpoint ({reason}); use an intact copy") from None
-    if isinstance(content, dict) and "state_dict" not in content and content and all(isinstance(v, Tensor) for v in content.values()):
+    if (
+        isinstance(content, dict)
+        and "state_dict" not in content
+        and content
+        and all(isinstance(v, Tensor) for v in content.values())
+    ):
         content = {"state_dict": content}
     weights = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
@@ -82,9 +99,13 @@ def load_weights(net: nn.Module, state_dict: dict[str, Tensor], path: str | os.P
     shapes = [name for name in own if name in state_dict and own[name].shape != state_dict[name].shape]
     reasons = [f"no '{name}' in the file" for name in missing[:1]]
     reasons += [f"'{name}' of the file has no place in the network" for name in odd[:1]]
-    reasons += [f"'{n}' is {tuple(state_dict[n].shape)} in the file, {tuple(own[n].shape)} in the network" for n in shapes[:1]]
+    reasons += [
+        f"'{n}' is {tuple(state_dict[n].shape)} in the file, {tuple(own[n].shape)} in the network" for n in shapes[:1]
+    ]
     if reasons:
-        raise UserError(f"'{path}' does not fit this network: {'; '.join(reasons)}; choose the --arch and --dataset that it was trained with")
+        raise UserError(
+            f"'{path}' does not fit this network: {'; '.join(reasons)}; choose the --arch and --dataset that it was trained with"
+        )
     net.load_state_dict(state_dict, strict=False)
 
 

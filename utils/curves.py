@@ -8,10 +8,10 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 - the backend must be chosen first
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
-from utils import checkpoint as checkpoints  # noqa: E402
+from utils import checkpoint as checkpoints
 
 
 def draw_curves(history: list[dict], title: str, path: Path) -> None:
@@ -28,7 +28,13 @@ def draw_curves(history: list[dict], title: str, path: Path) -> None:
         for split in ("train", "test"):
             values = [row[f"{split}_{kind}"] for row in history]
             name = {"train": "training", "test": "test"}[split]
-            panel.plot(epochs, values, marker="o" if len(epochs) <= 30 else None, markersize=3, label=f"{name}, last {values[-1]:.2f}")
+            panel.plot(
+                epochs,
+                values,
+                marker="o" if len(epochs) <= 30 else None,
+                markersize=3,
+                label=f"{name}, last {values[-1]:.2f}",
+            )
         panel.set(xlabel="epoch", ylabel=label)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)

@@ -37,7 +37,13 @@ def seed_everything(seed: int) -> None:
 def describe_machine(device: torch.device) -> dict:
     """Hardware of a run, for results.json."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {"device": device.type, "gpu": gpu, "cpu_cores": os.cpu_count(), "threads": torch.get_num_threads(), "machine": platform.machine()}
+    return {
+        "device": device.type,
+        "gpu": gpu,
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
 
 
 def describe_versions() -> dict:

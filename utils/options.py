@@ -66,38 +66,69 @@ pruned_rate = number(float, lambda x: 0 <= x < 1, "the share of filters REMOVED,
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Adds what every training script takes, in titled groups."""
     group = parser.add_argument_group("recipe and training")
-    group.add_argument("--recipe", choices=RECIPES, help="numbers for everything below that is not given (default: prune)")
+    group.add_argument(
+        "--recipe", choices=RECIPES, help="numbers for everything below that is not given (default: prune)"
+    )
     group.add_argument("--epochs", type=count, help="passes over the data (recipe: 200)")
-    group.add_argument("--batch_size", "-b", type=count, help="images in the first mini-batch (recipes: 128, pruning 64)")
-    group.add_argument("--learning_rate", "--lr", type=positive, help="learning rate of epoch 0 (recipes: 0.01, finetune 0.001)")
+    group.add_argument(
+        "--batch_size", "-b", type=count, help="images in the first mini-batch (recipes: 128, pruning 64)"
+    )
+    group.add_argument(
+        "--learning_rate", "--lr", type=positive, help="learning rate of epoch 0 (recipes: 0.01, finetune 0.001)"
+    )
     group.add_argument("--momentum", type=not_negative, help="Nesterov momentum (0.9)")
     group.add_argument("--decay", "--weight_decay", "--wd", type=not_negative, help="weight decay (5e-4)")
-    group.add_argument("--schedule", type=whole, nargs="+", metavar="EPOCH", help="epochs at which the learning rate changes (1 60 120 160)")
-    group.add_argument("--gammas", type=positive, nargs="+", metavar="G", help="factors at these epochs (10 0.2 0.2 0.2)")
+    group.add_argument(
+        "--schedule",
+        type=whole,
+        nargs="+",
+        metavar="EPOCH",
+        help="epochs at which the learning rate changes (1 60 120 160)",
+    )
+    group.add_argument(
+        "--gammas", type=positive, nargs="+", metavar="G", help="factors at these epochs (10 0.2 0.2 0.2)"
+    )
     group.add_argument("--fit_schedule", action="store_true", help="scale the recipe's milestones to --epochs")
 
     group = parser.add_argument_group("pruning")
     rates = group.add_mutually_exclusive_group()
     rates.add_argument("--HTrate", type=kept_rate, help="share of filters KEPT in every convolution (0.7)")
     rates.add_argument("--prune_rate", type=pruned_rate, help="share of filters REMOVED: 0.3 is --HTrate 0.7")
-    group.add_argument("--k", type=k_number, help="growing mini-batch: step size in (0, 1), cap >= batch size, or none (recipe: 128)")
-    group.add_argument("--growth", choices=("linear", "exponential"), default="linear", help="growth for a step size (linear)")
+    group.add_argument(
+        "--k", type=k_number, help="growing mini-batch: step size in (0, 1), cap >= batch size, or none (recipe: 128)"
+    )
+    group.add_argument(
+        "--growth", choices=("linear", "exponential"), default="linear", help="growth for a step size (linear)"
+    )
     group.add_argument("--max_batch_size", type=count, help="bound for a step size (2 x batch size)")
     group.add_argument("--no_restart", action="store_true", help="continue the growth over epochs, as in the paper")
     group.add_argument("--v", type=not_negative, help="weight of the heavy ball (0.1)")
-    group.add_argument("--heavy_ball", choices=("paper", "released"), default="paper", help="true heavy ball, or the release's, which is zero")
+    group.add_argument(
+        "--heavy_ball",
+        choices=("paper", "released"),
+        default="paper",
+        help="true heavy ball, or the release's, which is zero",
+    )
     group.add_argument("--norm", type=int, choices=(2, 1), default=2, help="norm that ranks filters (2)")
-    group.add_argument("--threshold_every", choices=("step", "epoch"), default="step", help="when filters are thresholded (step)")
+    group.add_argument(
+        "--threshold_every", choices=("step", "epoch"), default="step", help="when filters are thresholded (step)"
+    )
 
     group = parser.add_argument_group("run")
-    group.add_argument("--save_path", help="folder for log, checkpoints and results (runs/<recipe>-<dataset>-<network>-...)")
+    group.add_argument(
+        "--save_path", help="folder for log, checkpoints and results (runs/<recipe>-<dataset>-<network>-...)"
+    )
     group.add_argument("--resume", metavar="FILE", help="checkpoint to continue, or to start from (finetune, evaluate)")
     group.add_argument("--evaluate", action="store_true", help="only test the network of --resume")
     group.add_argument("--manualSeed", "--seed", type=seed_number, default=1, help="seed of everything random (1)")
     group.add_argument("--workers", "-j", type=whole, default=0, help="processes that make mini-batches (0: this one)")
-    group.add_argument("--print_freq", "--print_frequency", type=count, default=200, help="mini-batches between log lines (200)")
+    group.add_argument(
+        "--print_freq", "--print_frequency", type=count, default=200, help="mini-batches between log lines (200)"
+    )
     group.add_argument("--ngpu", type=whole, help="0: CPU; 1: one GPU (default: a GPU where there is one)")
-    group.add_argument("--use_state_dict", action="store_true", help="taken for the release's command lines; always so here")
+    group.add_argument(
+        "--use_state_dict", action="store_true", help="taken for the release's command lines; always so here"
+    )
 
 
 def resolve_recipe(args: argparse.Namespace) -> argparse.Namespace:
@@ -123,7 +154,9 @@ def resolve_recipe(args: argparse.Namespace) -> argparse.Namespace:
     args.k = None if args.k == "none" else args.k
     args.prune_rate = round(1 - args.HTrate, 12)
     if len(args.schedule) != len(args.gammas):
-        raise UserError(f"--schedule has {len(args.schedule)} epochs and --gammas {len(args.gammas)} factors; give as many of each")
+        raise UserError(
+            f"--schedule has {len(args.schedule)} epochs and --gammas {len(args.gammas)} factors; give as many of each"
+        )
     if sorted(args.schedule) != args.schedule:
         raise UserError(f"--schedule must ascend, got {' '.join(map(str, args.schedule))}")
     if args.recipe == "finetune" and not args.resume:

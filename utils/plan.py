@@ -50,7 +50,9 @@ def format_plan(plan: list[Layer]) -> str:
     width = max((len(layer.name) for layer in plan), default=0)
     lines = [f"{'convolution':{width}}  {'shape':>16}  kept  removed"]
     for layer in plan:
-        lines.append(f"{layer.name:{width}}  {'x'.join(map(str, layer.shape)):>16}  {layer.kept:4d}  {layer.removed:7d}")
+        lines.append(
+            f"{layer.name:{width}}  {'x'.join(map(str, layer.shape)):>16}  {layer.kept:4d}  {layer.removed:7d}"
+        )
     total, removed = sum(layer.filters for layer in plan), sum(layer.removed for layer in plan)
     lines.append(f"{len(plan)} convolutions, {total} filters: {total - removed} kept, {removed} removed")
     return "\n".join(lines)
@@ -91,4 +93,6 @@ def check_plan(plan: list[Layer], kept: dict[str, list[int]]) -> None:
 def count_zero_filters(plan: list[Layer], kept: dict[str, list[int]]) -> str:
     """Zero filters in words, "5 of 16 (7 convolutions), 10 of 32 (6 convolutions)"."""
     counts = Counter((layer.filters - len(kept[layer.name]), layer.filters) for layer in plan)
-    return ", ".join(f"{zero} of {filters} ({n} convolution{'s' if n > 1 else ''})" for (zero, filters), n in counts.items())
+    return ", ".join(
+        f"{zero} of {filters} ({n} convolution{'s' if n > 1 else ''})" for (zero, filters), n in counts.items()
+    )

@@ -25,7 +25,9 @@ class EpochProgress:
         self.run, self.epoch, self.steps, self.print_freq = run, epoch, steps, print_freq
         self.bar = None
         if sys.stderr.isatty():
-            self.bar = tqdm(total=steps, desc=f"epoch {epoch + 1}/{epochs}", unit="batch", dynamic_ncols=True, leave=False)
+            self.bar = tqdm(
+                total=steps, desc=f"epoch {epoch + 1}/{epochs}", unit="batch", dynamic_ncols=True, leave=False
+            )
 
     def __enter__(self) -> EpochProgress:
         return self

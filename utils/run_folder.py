@@ -30,7 +30,9 @@ class RunFolder:
             with open(self.log_path, "a"):
                 pass
         except OSError as error:
-            raise UserError(f"cannot write to save path '{path}' ({error.strerror}); choose another --save_path") from None
+            raise UserError(
+                f"cannot write to save path '{path}' ({error.strerror}); choose another --save_path"
+            ) from None
 
     def log(self, text: str, *, show: bool = True) -> None:
         """Appends a line to the log file and prints it."""
@@ -40,7 +42,9 @@ class RunFolder:
             with open(self.log_path, "a", encoding="utf-8") as file:
                 file.write(text + "\n")
         except OSError as error:
-            raise UserError(f"cannot write '{self.log_path}' ({error.strerror}); the last checkpoint is intact") from None
+            raise UserError(
+                f"cannot write '{self.log_path}' ({error.strerror}); the last checkpoint is intact"
+            ) from None
 
     def checkpoint_path(self, arch: str, kind: str = "checkpoint") -> Path:
         """checkpoint.<arch>.pth.tar or best.<arch>.pth.tar."""
@@ -64,7 +68,9 @@ class RunFolder:
 
 
 def holds_a_run(path: Path) -> bool:
-    return path.is_dir() and any((path / "results.json").is_file() or file.name.endswith(".pth.tar") for file in path.iterdir())
+    return path.is_dir() and any(
+        (path / "results.json").is_file() or file.name.endswith(".pth.tar") for file in path.iterdir()
+    )
 
 
 def new_run_path(save_path: str | None, default_name: str) -> Path:
@@ -81,7 +87,9 @@ def new_run_path(save_path: str | None, default_name: str) -> Path:
     else:
         path = Path(save_path)
         if holds_a_run(path):
-            raise UserError(f"save path '{path}' holds a run already; continue it with --resume, or choose another --save_path")
+            raise UserError(
+                f"save path '{path}' holds a run already; continue it with --resume, or choose another --save_path"
+            )
     check_writable(path)
     return path
 
@@ -92,4 +100,6 @@ def check_writable(path: Path) -> None:
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to save path '{path}' ('{existing}' is not a folder that can be written to); choose another --save_path")
+        raise UserError(
+            f"cannot write to save path '{path}' ('{existing}' is not a folder that can be written to); choose another --save_path"
+        )

@@ -142,7 +142,9 @@ class Training:
             UserError: the checkpoint is of another network or of no use for this optimizer.
         """
         if checkpoint.get("arch", self.arch) != self.arch:
-            raise UserError(f"'{path}' is a checkpoint of {checkpoint['arch']}, not of {self.arch}; use --arch {checkpoint['arch']}")
+            raise UserError(
+                f"'{path}' is a checkpoint of {checkpoint['arch']}, not of {self.arch}; use --arch {checkpoint['arch']}"
+            )
         checkpoints.load_weights(self.net, checkpoint["state_dict"], path)
         if "optimizer" in checkpoint:
             restore_optimizer(self.optimizer, checkpoint["optimizer"], path)
@@ -173,7 +175,12 @@ class Training:
             "prune_rate": self.args.prune_rate,
             "seconds": sum(row["seconds"] for row in rows),
             "filters": [
-                {"name": layer.name, "shape": list(layer.shape), "kept": len(kept[layer.name]), "kept_indices": kept[layer.name]}
+                {
+                    "name": layer.name,
+                    "shape": list(layer.shape),
+                    "kept": len(kept[layer.name]),
+                    "kept_indices": kept[layer.name],
+                }
                 for layer in self.plan
             ],
             **self.facts,
@@ -203,7 +210,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str) 
     for p, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape != p.shape:
-                raise UserError(f"'{name}' saved in '{path}' has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}")
+                raise UserError(
+                    f"'{name}' saved in '{path}' has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}"
+                )
 
 
 def format_pass(name: str, result: PassResult) -> str:
