@@ -3,6 +3,7 @@
     python cifar10_resnet_test.py --k 0.1                             # prune ResNet-20 on CIFAR-10: 30 % of the filters, 200 epochs
     python cifar10_resnet_test.py DATA --recipe baseline              # the unpruned network, plain SGD
     python cifar10_resnet_test.py DATA --arch vgg16_bn --HTrate 0.6
+    python cifar10_resnet_test.py DATA --arch resnet56 --arch_small resnet20 --teacher best.resnet56.pth.tar    # prune and distil
     python cifar10_resnet_test.py --recipe finetune --resume runs/.../checkpoint.resnet20.pth.tar
     python cifar10_resnet_test.py DATA --evaluate --resume best.resnet20.pth.tar
 
@@ -13,6 +14,8 @@ Everything a run leaves behind is in its --save_path: log, metrics.csv, curves.p
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from itertools import groupby
 from pathlib import Path
 
@@ -22,13 +25,15 @@ import data
 import models
 from AHSG_HT import AHSG_HT
 from utils import checkpoint as checkpoints
+from utils.compare_tables import comparison_line
 from utils.device import choose_device, seed_everything
+from utils.distillation import Distillation, checksum, share_classifier
 from utils.engine import evaluate
 from utils.errors import UserError, run_main
 from utils.objective import cross_entropy
 from utils.options import OneLineParser, add_training_options, resolve_recipe
 from utils.plan import format_plan, make_plan
-from utils.run_folder import RunFolder, check_writable, new_run_path
+from utils.run_folder import RunFolder, choose_folder
 from utils.training import Training, format_pass
 
 EVALUATION_BATCH = 500
@@ -44,24 +49,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--dataset", choices=data.DATASETS, default="cifar10", help="folder: an image tree of your own (cifar10)"
     )
     group.add_argument(
-        "--arch",
-        "-a",
-        choices=models.REGISTRY,
-        default="resnet20",
-        metavar="ARCH",
-        help=f"network: {', '.join(models.REGISTRY)}",
+        "--arch", "-a", default="resnet20", metavar="ARCH", help=f"network: {', '.join(models.REGISTRY)}"
     )
     add_training_options(parser)
-    return resolve_recipe(parser.parse_args(argv))
+    args = resolve_recipe(parser.parse_args(argv))
+    # The network that is trained; --arch names the teacher when there is an --arch_small.
+    args.student = args.arch_small or args.arch
+    for arch in (args.arch, args.student):
+        models.check_arch(arch)
+    if args.head_width and not args.student.startswith("resnet"):
+        raise UserError(f"--head_width is for the CIFAR ResNets, got {args.student}")
+    return args
 
 
-def build_optimizer(net: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """Plain SGD where nothing is thresholded and no ball rolls, else AHSG_HT."""
-    nesterov = args.momentum > 0
-    common = dict(lr=args.learning_rate, momentum=args.momentum, weight_decay=args.decay, nesterov=nesterov)
-    if args.HTrate == 1 and args.v == 0:
-        return torch.optim.SGD(net.parameters(), **common)
-    return AHSG_HT(net.parameters(), v=args.v, HTrate=args.HTrate, heavy_ball=args.heavy_ball, norm=args.norm, **common)
+def build_optimizer(net: torch.nn.Module, adapters: torch.nn.Module | None, args: argparse.Namespace):
+    """Plain SGD where nothing is thresholded and no ball rolls, else AHSG_HT. Adapters are never thresholded."""
+    groups = [{"params": list(net.parameters())}]
+    common = dict(lr=args.learning_rate, momentum=args.momentum, weight_decay=args.decay, nesterov=args.momentum > 0)
+    plain = args.HTrate == 1 and args.v == 0
+    if adapters is not None and list(adapters.parameters()):
+        groups.append({"params": list(adapters.parameters()), **({} if plain else {"HTrate": 1})})
+    if plain:
+        return torch.optim.SGD(groups, **common)
+    return AHSG_HT(groups, v=args.v, HTrate=args.HTrate, heavy_ball=args.heavy_ball, norm=args.norm, **common)
 
 
 def build_loaders(images: data.Data, args: argparse.Namespace, device: torch.device):
@@ -74,21 +84,52 @@ def build_loaders(images: data.Data, args: argparse.Namespace, device: torch.dev
         images.train.to(device), images.test.to(device)
         args.workers = 0
     common = dict(num_workers=args.workers, persistent_workers=args.workers > 0)
+    growth = dict(growth=args.growth, restart=not args.no_restart, max_batch_size=args.max_batch_size)
     try:
         train_loader = data.DataLoader(
-            images.train,
-            args.batch_size,
-            args.k,
-            shuffle=True,
-            growth=args.growth,
-            restart=not args.no_restart,
-            max_batch_size=args.max_batch_size,
-            seed=args.manualSeed,
-            **common,
+            images.train, args.batch_size, args.k, shuffle=True, seed=args.manualSeed, **growth, **common
         )
     except ValueError as error:
-        raise UserError(f"--k: {error}" if "k must be" in str(error) else str(error)) from None
+        raise UserError(str(error)) from None
     return train_loader, data.DataLoader(images.test, EVALUATION_BATCH, **common)
+
+
+def build_objective(
+    net: torch.nn.Module, images: data.Data, test_loader, args: argparse.Namespace, device: torch.device
+):
+    """Cross-entropy, or with a teacher distillation; and what results.json says of the teacher."""
+    if not args.teacher:
+        if args.arch_small or args.recipe in ("distill", "prune_distill"):
+            raise UserError(
+                f"distillation needs a trained teacher: add --teacher FILE; this trains one: python cifar10_resnet_test.py "
+                f"{args.data_path} --dataset {args.dataset} --arch {args.arch if args.arch_small else 'resnet56'} --recipe baseline"
+            )
+        return cross_entropy, {}
+    arch, teacher = models.load_with_name(args.teacher, args.arch)
+    if args.arch_small and arch != args.arch:
+        raise UserError(f"--teacher '{args.teacher}' is a {arch}, --arch says {args.arch}; use --arch {arch}")
+    classes = len(images.classes)
+    if teacher.num_classes != classes:
+        raise UserError(
+            f"--teacher '{args.teacher}' tells {teacher.num_classes} classes apart, {args.dataset} has {classes}; "
+            "use a teacher of the same data set"
+        )
+    teacher.to(device, memory_format=torch.channels_last)
+    tested = evaluate(teacher, test_loader, device)
+    print(f"teacher {arch} of {args.teacher}: {format_pass('Teacher', tested).strip()}", flush=True)
+    # A network that knows nothing scores 100/classes, give or take.
+    if tested.top1 < 150 / classes:
+        raise UserError(
+            f"--teacher '{args.teacher}' scores {tested.top1:.2f} %, no better than chance ({100 / classes:g} %); train it first"
+        )
+    if args.share_classifier:
+        share_classifier(teacher, net)
+    sample, _ = images.test.__getitems__([0, 1])
+    objective = Distillation(
+        teacher, net, sample, on=args.kd_on, loss=args.loss, weight=args.kd_weight, temperature=args.kd_T
+    )
+    facts = {"arch": arch, "file": args.teacher, "accuracy": tested.top1, "sha256": checksum(args.teacher)}
+    return objective, {"teacher": facts}
 
 
 def describe_schedule(sizes: list[int]) -> str:
@@ -100,38 +141,19 @@ def describe_schedule(sizes: list[int]) -> str:
     return f"{len(sizes)} mini-batches in the first epoch: {', '.join(parts)} ({sum(sizes)} images)"
 
 
-def load_checkpoint(args: argparse.Namespace) -> dict | None:
-    """The checkpoint of --resume, checked against --arch."""
-    if not args.resume:
-        return None
-    checkpoint = checkpoints.read(args.resume)
-    arch = checkpoint.get("arch", args.arch)
-    if arch != args.arch:
-        raise UserError(f"'{args.resume}' is a checkpoint of {arch}, not of {args.arch}; use --arch {arch}")
-    return checkpoint
-
-
-def choose_folder(args: argparse.Namespace) -> Path:
-    """A new run's folder, or for a run that is continued the folder of its checkpoint."""
-    if args.resume and args.recipe != "finetune":
-        own = Path(args.resume).parent
-        path = Path(args.save_path) if args.save_path else own
-        if path.resolve() != own.resolve():
-            return new_run_path(args.save_path, "")
-        check_writable(path)
-        return path
+def run_name(args: argparse.Namespace) -> str:
+    """The folder in runs/ of a run without --save_path."""
     rate = "" if args.HTrate == 1 else f"-HT{args.HTrate:g}"
-    return new_run_path(args.save_path, f"{args.recipe}-{args.dataset}-{args.arch}{rate}-seed{args.manualSeed}")
+    return f"{args.recipe}-{args.dataset}-{args.student}{rate}-seed{args.manualSeed}"
 
 
-def main() -> None:
-    args = parse_args()
-    checkpoint = load_checkpoint(args)
-    folder = None if args.evaluate else choose_folder(args)
+def main(argv: list[str] | None = None) -> Path | None:
+    """Runs the command line (the process's own by default); returns the run's folder, None after --evaluate."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    folder, checkpoint = choose_folder(args, args.student, run_name(args))
     device = choose_device(args.ngpu)
     seed_everything(args.manualSeed)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
     if args.dataset == "synthetic":
         print(
             "SYNTHETIC DATA: images made by code, to try the software. NO FIGURE OF THIS RUN SAYS ANYTHING ABOUT CIFAR."
@@ -139,33 +161,40 @@ def main() -> None:
 
     images = data.load(args.dataset, args.data_path, seed=args.manualSeed)
     num_classes = len(images.classes)
-    options = models.infer_options(args.arch, checkpoint["state_dict"]) if checkpoint else {"num_classes": num_classes}
-    if options["num_classes"] != num_classes:
-        raise UserError(
-            f"'{args.resume}' tells {options['num_classes']} classes apart, the data has {num_classes}; choose the --dataset it was trained on"
-        )
-    net = models.build(args.arch, **options).to(device, memory_format=torch.channels_last)
+    options = {"num_classes": num_classes, **({"head_width": args.head_width} if args.head_width else {})}
+    if checkpoint:
+        options = models.infer_options(args.student, checkpoint["state_dict"])
+        if options["num_classes"] != num_classes:
+            raise UserError(
+                f"'{args.resume}' tells {options['num_classes']} classes apart, the data has {num_classes}; "
+                "choose the --dataset it was trained on"
+            )
+    net = models.build(args.student, **options).to(device, memory_format=torch.channels_last)
+    plan = make_plan(net, args.HTrate)
     train_loader, test_loader = build_loaders(images, args, device)
     if args.evaluate:
         checkpoints.load_weights(net, checkpoint["state_dict"], args.resume)
-        print(f"{args.arch} of {args.resume} on {len(images.test)} test images ({images.source})")
+        print(f"{args.student} of {args.resume} on {len(images.test)} test images ({images.source})")
         print(format_pass("Test", evaluate(net, test_loader, device)))
-        return
+        return None
 
-    plan = make_plan(net, args.HTrate)
+    objective, facts = build_objective(net, images, test_loader, args, device)
+    optimizer = build_optimizer(net, getattr(objective, "adapters", None), args)
+    sizes = {"train_images": len(images.train), "test_images": len(images.test)}
     training = Training(
         args=args,
         run=RunFolder(folder, args.manualSeed),
-        arch=args.arch,
+        arch=args.student,
         num_classes=num_classes,
         net=net,
-        optimizer=build_optimizer(net, args),
-        objective=cross_entropy,
+        optimizer=optimizer,
+        objective=objective,
         train_loader=train_loader,
         test_loader=test_loader,
         device=device,
         plan=plan,
         data_source=images.source,
+        facts={"command": shlex.join(["python", "cifar10_resnet_test.py", *argv]), **sizes, **facts},
     )
     if checkpoint:
         training.restore(checkpoint, args.resume)
@@ -174,25 +203,30 @@ def main() -> None:
     log(
         f"data: {images.source}, {len(images.train)} training and {len(images.test)} test images, {num_classes} classes"
     )
-    log(f"device: {device}, {torch.get_num_threads()} CPU threads; optimizer: {type(training.optimizer).__name__}")
+    log(f"device: {device}, {torch.get_num_threads()} CPU threads; optimizer: {type(optimizer).__name__}")
+    for name, value in facts.get("teacher", {}).items():
+        log(f"teacher {name}: {value}")
     log(f"keeping HTrate={args.HTrate:g} of the filters, that is prune_rate={args.prune_rate:g} removed")
     log(f"schedule: {describe_schedule(train_loader.sizes(0))}")
     log(format_plan(plan))
     late = [m for m in args.schedule if m >= args.epochs]
     if late:
         log(
-            f"note: the run ends before the learning-rate milestones {' '.join(map(str, late))}; --fit_schedule scales a recipe's milestones to --epochs"
+            f"note: the run ends before the learning-rate milestones {' '.join(map(str, late))}; "
+            "--fit_schedule scales a recipe's milestones to --epochs"
         )
-    if len(training.history) >= args.epochs:
+    if training.epochs_done >= args.epochs:
         log(
-            f"nothing left to do: {args.resume} has {len(training.history)} of {args.epochs} epochs; a larger --epochs trains on"
+            f"nothing left to do: {args.resume} has {training.epochs_done} of {args.epochs} epochs; a larger --epochs trains on"
         )
         return
     results = training.train()
     log(
-        f"\nlast epoch {results['last_epoch_accuracy']:.2f} %, best epoch {results['best_epoch_accuracy']:.2f} % (epoch {results['best_epoch']}); "
-        f"everything is in {folder}"
+        f"\nlast epoch {results['last_epoch_accuracy']:.2f} %, best epoch {results['best_epoch_accuracy']:.2f} % "
+        f"(epoch {results['best_epoch']}); log, metrics.csv, curves.png, results.json and checkpoints are in {folder}"
     )
+    log(comparison_line(results))
+    return folder
 
 
 if __name__ == "__main__":

@@ -3,6 +3,6 @@
 from data.images import ImageArrays
 from data.loader import DataLoader
 from data.sampler import GrowingBatchSampler
-from data.sources import DATASETS, Data, load
+from data.sources import DATASETS, Data, NoData, find_or_download, load
 
-__all__ = ["DATASETS", "Data", "DataLoader", "GrowingBatchSampler", "ImageArrays", "load"]
+__all__ = ["DATASETS", "Data", "DataLoader", "GrowingBatchSampler", "ImageArrays", "NoData", "find_or_download", "load"]

@@ -30,6 +30,10 @@ PROBE_SECONDS = 15
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
+class NoData(UserError):
+    """No images at the data path, and none could be downloaded."""
+
+
 @dataclass(frozen=True)
 class Spec:
     """What is known of a data set before it is read. mean, std over 255; None: measured on the training images."""
@@ -86,23 +90,14 @@ def load(name: str, path: str | os.PathLike, *, seed: int = 0, download: bool = 
     if name == "synthetic":
         arrays = {split: make_images(n, seed=1 + i) for i, (split, n) in enumerate(SYNTHETIC_SIZES.items())}
         classes, source = [f"pattern{i}" for i in range(SYNTHETIC_CLASSES)], "synthetic images made by code"
-    elif (tree := find_tree(name, path)) is not None:
-        arrays, classes = _read_tree(tree, name, spec)
-        source = f"image tree {tree[0].parent}"
-    elif spec.torchvision_class is None:
-        raise UserError(
-            f"no image tree at '{path}': expected {path}/train/<class>/<image> and {path}/test/<class>/<image>"
-        )
     else:
-        root = find_torchvision_files(name, path)
-        if root is None:
-            if not download:
-                raise UserError(
-                    f"no {name} at '{path}': expected {path}/{spec.torchvision_folder} or an image tree {path}/train, {path}/test"
-                )
-            root = _download(name, path, spec)
-        arrays, classes = _read_torchvision_files(root, spec)
-        source = f"torchvision's files in {root / spec.torchvision_folder}"
+        found = find_or_download(name, path, download=download)
+        if isinstance(found, tuple):
+            arrays, classes = _read_tree(found, name, spec)
+            source = f"image tree {found[0].parent}"
+        else:
+            arrays, classes = _read_torchvision_files(found, spec)
+            source = f"torchvision's files in {found / spec.torchvision_folder}"
     if spec.mean is not None:
         mean, std = ([value / 255 for value in values] for values in (spec.mean, spec.std))
     else:
@@ -112,6 +107,24 @@ def load(name: str, path: str | os.PathLike, *, seed: int = 0, download: bool = 
         for split, (images, labels) in arrays.items()
     }
     return Data(name, datasets["train"], datasets["test"], classes, source)
+
+
+def find_or_download(name: str, path: str | os.PathLike, *, download: bool = True) -> tuple[Path, Path] | Path:
+    """Where the images are: the two folders of an image tree, or torchvision's root, downloaded where absent.
+
+    Raises:
+        NoData: nothing is there and nothing could be downloaded.
+    """
+    path, spec = Path(path), DATASETS[name]
+    found = find_tree(name, path) or find_torchvision_files(name, path)
+    if found is not None:
+        return found
+    expected = f"{path}/train/<class>/<image> and {path}/test/<class>/<image>"
+    if spec.torchvision_class is None:
+        raise NoData(f"no image tree at '{path}': expected {expected}")
+    if not download:
+        raise NoData(f"no {name} at '{path}': expected {path}/{spec.torchvision_folder}, or {expected}")
+    return _download(name, path, spec)
 
 
 def find_tree(name: str, path: Path) -> tuple[Path, Path] | None:
@@ -140,22 +153,22 @@ def _download(name: str, path: Path, spec: Spec) -> Path:
         "or use --dataset synthetic to try the software"
     )
     if path.exists() and not path.is_dir():
-        raise UserError(f"data path '{path}' is not a folder; {remedy}")
+        raise NoData(f"data path '{path}' is not a folder; {remedy}")
     if path.parts and not path.parent.exists() and not path.exists():
-        raise UserError(f"data path '{path}' does not exist, nor does the folder that it would be made in; {remedy}")
+        raise NoData(f"data path '{path}' does not exist, nor does the folder that it would be made in; {remedy}")
     try:
         path.mkdir(exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the data path '{path}': {error.strerror}; {remedy}") from None
+        raise NoData(f"cannot make the data path '{path}': {error.strerror}; {remedy}") from None
     print(f"no {name} in '{path}': downloading it there", flush=True)
     if not _answers(dataset_class.url):
-        raise UserError(f"no {name} in '{path}', and its download does not answer within {PROBE_SECONDS} s; {remedy}")
+        raise NoData(f"no {name} in '{path}', and its download does not answer within {PROBE_SECONDS} s; {remedy}")
     previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PROBE_SECONDS)
     try:
         dataset_class(str(path), download=True)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"the download of {name} failed ({error}); {remedy}") from None
+        raise NoData(f"the download of {name} failed ({error}); {remedy}") from None
     finally:
         socket.setdefaulttimeout(previous)
     return path

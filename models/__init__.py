@@ -5,16 +5,18 @@ models.build("vgg16_bn", num_classes=100)
 models.load("best.resnet20.pth.tar")    # a ready network from any checkpoint of the project, or a released one
 """
 
-from models.load import infer_options, load
-from models.registry import REGISTRY, build
+from models.load import infer_options, load, load_with_name
+from models.registry import REGISTRY, build, check_arch
 from models.resnet_cifar import resnet20, resnet32, resnet44, resnet56, resnet110
 from models.vgg_cifar import vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
 
 __all__ = [
     "REGISTRY",
     "build",
+    "check_arch",
     "infer_options",
     "load",
+    "load_with_name",
     "resnet20",
     "resnet32",
     "resnet44",

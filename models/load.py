@@ -36,10 +36,15 @@ def load(path: str | os.PathLike, arch: str | None = None) -> nn.Module:
     Raises:
         UserError: the file is missing, damaged or of another network.
     """
+    return load_with_name(path, arch)[1]
+
+
+def load_with_name(path: str | os.PathLike, arch: str | None = None) -> tuple[str, nn.Module]:
+    """`load`, with the registry name of the network before it."""
     checkpoint = checkpoints.read(path)
     arch = checkpoint.get("arch") or arch
     if arch is None:
         raise UserError(f"'{path}' does not name its network; say which: one of {', '.join(REGISTRY)}")
     net = build(arch, **infer_options(arch, checkpoint["state_dict"]))
     checkpoints.load_weights(net, checkpoint["state_dict"], path)
-    return net.eval()
+    return arch, net.eval()

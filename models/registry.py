@@ -37,6 +37,11 @@ def build(arch: str, num_classes: int = 10, **options) -> nn.Module:
     Raises:
         UserError: no network has this name.
     """
+    check_arch(arch)
+    return REGISTRY[arch](num_classes, **options)
+
+
+def check_arch(arch: str) -> None:
+    """Raises UserError when no network has this name."""
     if arch not in REGISTRY:
         raise UserError(f"unknown network '{arch}'; choose from {', '.join(REGISTRY)}")
-    return REGISTRY[arch](num_classes, **options)

@@ -10,7 +10,7 @@ class UserError(Exception):
     """Something the user can mend. The message is one line that names the value and the remedy."""
 
 
-def run_main(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], object]) -> None:
     """Runs a script's main function; a UserError becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
     try:
         main()

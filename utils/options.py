@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 
+from utils.distillation import KD_ON, LOSSES
 from utils.errors import UserError
 from utils.recipes import RECIPES, fit_schedule
 
@@ -114,11 +115,29 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         "--threshold_every", choices=("step", "epoch"), default="step", help="when filters are thresholded (step)"
     )
 
+    group = parser.add_argument_group("distillation")
+    group.add_argument(
+        "--arch_small", metavar="ARCH", help="the student; --arch is then the teacher, as in the release"
+    )
+    group.add_argument("--teacher", metavar="FILE", help="checkpoint of the trained teacher")
+    group.add_argument("--loss", choices=LOSSES, help="distance between student and teacher (MSE; KL on logits)")
+    group.add_argument("--kd_on", choices=KD_ON, help="what is compared (feature: penultimate features; for KL logits)")
+    group.add_argument("--kd_weight", type=not_negative, default=1.0, help="weight of the distance (1)")
+    group.add_argument("--kd_T", type=positive, default=4.0, help="temperature of KL (4)")
+    group.add_argument("--share_classifier", action="store_true", help="start from the teacher's last layer")
+    group.add_argument(
+        "--head_width", type=count, help="two-layer head of this width for a CIFAR ResNet (released checkpoint: 20)"
+    )
+
     group = parser.add_argument_group("run")
     group.add_argument(
         "--save_path", help="folder for log, checkpoints and results (runs/<recipe>-<dataset>-<network>-...)"
     )
-    group.add_argument("--resume", metavar="FILE", help="checkpoint to continue, or to start from (finetune, evaluate)")
+    group.add_argument(
+        "--resume",
+        metavar="FILE",
+        help="checkpoint to continue, or to start from (finetune, evaluate); auto: the one in --save_path, if any",
+    )
     group.add_argument("--evaluate", action="store_true", help="only test the network of --resume")
     group.add_argument("--manualSeed", "--seed", type=seed_number, default=1, help="seed of everything random (1)")
     group.add_argument("--workers", "-j", type=whole, default=0, help="processes that make mini-batches (0: this one)")
@@ -137,13 +156,19 @@ def resolve_recipe(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         UserError: flags that contradict each other.
     """
-    args.recipe = args.recipe or "prune"
-    recipe = RECIPES[args.recipe]
     if args.prune_rate is not None:
         # Rounded, as 1 - 0.9 is 0.09999999999999998.
         args.HTrate = round(1 - args.prune_rate, 12)
-    if args.recipe == "baseline" and args.HTrate not in (None, 1):
-        raise UserError(f"recipe baseline keeps every filter, got HTrate={args.HTrate:g}; use --recipe prune")
+    if args.recipe is None:
+        args.recipe = (
+            "prune" if not args.arch_small and not args.teacher else "distill" if args.HTrate == 1 else "prune_distill"
+        )
+    recipe = RECIPES[args.recipe]
+    if args.recipe in ("baseline", "distill") and args.HTrate not in (None, 1):
+        instead = "prune" if args.recipe == "baseline" else "prune_distill"
+        raise UserError(f"recipe {args.recipe} keeps every filter, got HTrate={args.HTrate:g}; use --recipe {instead}")
+    args.kd_on = args.kd_on or ("logits" if args.loss == "KL" else "feature")
+    args.loss = args.loss or "MSE"
     if args.fit_schedule and args.schedule is not None:
         raise UserError("--fit_schedule scales the recipe's milestones; give it or --schedule, not both")
     if args.fit_schedule:

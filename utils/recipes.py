@@ -10,9 +10,18 @@ COMMON = dict(
 PRUNE = dict(batch_size=64, k=128, HTrate=0.7, v=0.1)
 PLAIN = dict(batch_size=128, k=None, HTrate=1.0, v=0.0)
 
+# distill and prune_distill need a teacher; finetune starts from a pruned checkpoint.
 RECIPES: dict[str, dict] = {
     "baseline": {**COMMON, **PLAIN},
     "prune": {**COMMON, **PRUNE},
+    "distill": {**COMMON, **PLAIN},
+    "prune_distill": {
+        **COMMON,
+        **PRUNE,
+        "epochs": 250,
+        "schedule": [1, 60, 120, 160, 200],
+        "gammas": [10.0, 0.2, 0.2, 0.2, 0.5],
+    },
     "finetune": {**COMMON, **PRUNE, "learning_rate": 0.001},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 from utils import checkpoint as checkpoints
 from utils.errors import UserError
 
+RUNS = Path("runs")
 METRICS = ("epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "images_per_s", "seconds")
 
 
@@ -73,6 +75,84 @@ def holds_a_run(path: Path) -> bool:
     )
 
 
+# Settings that a continued run must share with its checkpoint to be the same run.
+SAME_RUN = (
+    "recipe",
+    "dataset",
+    "batch_size",
+    "k",
+    "growth",
+    "max_batch_size",
+    "no_restart",
+    "learning_rate",
+    "momentum",
+    "decay",
+)
+SAME_RUN += (
+    "schedule",
+    "gammas",
+    "HTrate",
+    "v",
+    "heavy_ball",
+    "norm",
+    "threshold_every",
+    "manualSeed",
+    "teacher",
+    "loss",
+    "kd_on",
+)
+SAME_RUN += ("kd_weight", "kd_T")
+
+
+def choose_folder(args: argparse.Namespace, arch: str, default_name: str) -> tuple[Path | None, dict | None]:
+    """The folder that a run writes to (None for --evaluate), and the checkpoint that it starts from (None for a new run).
+
+    A run that is continued stays in the folder of its checkpoint unless --save_path names another. `--resume auto` continues
+    the run in --save_path (or in the default folder) if it is there and has the same settings, and starts a new one otherwise;
+    args.resume is then the checkpoint's path or None.
+
+    Raises:
+        UserError: the checkpoint cannot be used, or the folder holds another run or cannot be written to.
+    """
+    if args.resume == "auto":
+        folder = Path(args.save_path) if args.save_path else RUNS / default_name
+        found = folder / f"checkpoint.{arch}.pth.tar"
+        args.resume = str(found) if found.is_file() and not changed_settings(args, checkpoints.read(found)) else None
+        if args.resume is None and args.evaluate:
+            raise UserError(f"--resume auto finds no checkpoint of this run in '{folder}'; name the file")
+    if not args.resume:
+        return new_run_path(args.save_path, default_name), None
+    checkpoint = checkpoints.read(args.resume)
+    saved_arch = checkpoint.get("arch", arch)
+    if saved_arch != arch:
+        raise UserError(f"'{args.resume}' is a checkpoint of {saved_arch}, not of {arch}; use --arch {saved_arch}")
+    if args.evaluate:
+        return None, checkpoint
+    if args.recipe == "finetune":
+        return new_run_path(args.save_path, default_name), checkpoint
+    for change in changed_settings(args, checkpoint):
+        print(f"note: other than in '{args.resume}': {change}")
+    own = Path(args.resume).parent
+    if "settings" not in checkpoint or (args.save_path and Path(args.save_path).resolve() != own.resolve()):
+        # Files of others stay alone in their folder.
+        return new_run_path(args.save_path, default_name), checkpoint
+    check_writable(own)
+    latest = own / f"checkpoint.{arch}.pth.tar"
+    if (
+        latest.is_file()
+        and not latest.samefile(args.resume)
+        and checkpoints.read(latest)["epoch"] > checkpoint["epoch"]
+    ):
+        raise UserError(f"'{latest}' is further on than '{args.resume}'; resume it, or choose another --save_path")
+    return own, checkpoint
+
+
+def changed_settings(args: argparse.Namespace, checkpoint: dict) -> list[str]:
+    """Settings that differ from those a checkpoint was written with, "lr 0.01 -> 0.1"; files of others have none."""
+    saved = checkpoint.get("settings", {})
+    return [f"{n} {saved[n]} -> {getattr(args, n)}" for n in SAME_RUN if n in saved and saved[n] != getattr(args, n)]
+
+
 def new_run_path(save_path: str | None, default_name: str) -> Path:
     """Where a new run goes: the path that was given, or the first free of runs/<default_name>, runs/<default_name>-2, ...
 
@@ -80,10 +160,10 @@ def new_run_path(save_path: str | None, default_name: str) -> Path:
         UserError: the path given holds a run already, is no folder, or cannot be written to.
     """
     if save_path is None:
-        number, path = 1, Path("runs") / default_name
+        number, path = 1, RUNS / default_name
         while holds_a_run(path):
             number += 1
-            path = Path("runs") / f"{default_name}-{number}"
+            path = RUNS / f"{default_name}-{number}"
     else:
         path = Path(save_path)
         if holds_a_run(path):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,7 +35,9 @@ class Training:
         data_source: where the images came from, in words.
         objective: what is minimised; see utils.objective.
         plan: filters to keep per convolution.
-        history: a row of metrics per epoch done.
+        history: a row of metrics per epoch of this run.
+        epochs_done: epochs behind the network, more than the history where it came from a file of others.
+        best: best test accuracy so far, in %.
         facts: further entries for results.json.
     """
 
@@ -54,7 +54,14 @@ class Training:
     plan: list[Layer]
     data_source: str
     history: list[dict] = field(default_factory=list)
+    epochs_done: int = 0
+    best: float = 0.0
     facts: dict = field(default_factory=dict)
+
+    @property
+    def adapters(self) -> nn.Module | None:
+        """What is trained beside the network: the adapters of a distilled run."""
+        return getattr(self.objective, "adapters", None)
 
     @property
     def thresholds(self) -> bool:
@@ -63,17 +70,16 @@ class Training:
     def train(self) -> dict:
         """Runs the epochs that are left and returns what it wrote to results.json."""
         args, history = self.args, self.history
-        last_drawn, begin, begin_epoch = time.monotonic(), time.monotonic(), len(history)
+        last_drawn, begin, begin_epoch = time.monotonic(), time.monotonic(), self.epochs_done
         for epoch in range(begin_epoch, args.epochs):
             lr = learning_rate_at(epoch, args.learning_rate, args.schedule, args.gammas)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            best = max((row["test_acc"] for row in history), default=0.0)
             done = epoch - begin_epoch
             need = (time.monotonic() - begin) / done * (args.epochs - epoch) if done else 0
             self.run.log(
                 f"\n==>>[{time.strftime('%Y-%m-%d-%H:%M:%S')}] [Epoch={epoch:03d}/{args.epochs:03d}] [Need: {format_seconds(need)}] "
-                f"[learning_rate={lr:6.4f}] [Best : Accuracy={best:.2f}, Error={100 - best:.2f}]"
+                f"[learning_rate={lr:6.4f}] [Best : Accuracy={self.best:.2f}, Error={100 - self.best:.2f}]"
             )
             self.train_loader.set_epoch(epoch)
             with EpochProgress(self.run, epoch, args.epochs, len(self.train_loader), args.print_freq) as progress:
@@ -106,7 +112,10 @@ class Training:
                     seconds=trained.seconds + tested.seconds,
                 )
             )
-            self.run.save_checkpoint(self.checkpoint(), is_best=tested.top1 > best)
+            self.epochs_done = epoch + 1
+            is_best = tested.top1 > self.best
+            self.best = max(self.best, tested.top1)
+            self.run.save_checkpoint(self.checkpoint(), is_best)
             self.run.write_metrics(history)
             results = self.results(kept)
             self.run.write_results(results)
@@ -122,10 +131,10 @@ class Training:
     def checkpoint(self) -> dict:
         """The keys of the release (epoch, arch, state_dict, best_prec1, optimizer), and what exact resumption needs."""
         return {
-            "epoch": len(self.history),
+            "epoch": self.epochs_done,
             "arch": self.arch,
             "state_dict": self.net.state_dict(),
-            "best_prec1": max(row["test_acc"] for row in self.history),
+            "best_prec1": self.best,
             "optimizer": self.optimizer.state_dict(),
             "num_classes": self.num_classes,
             "dataset": self.args.dataset,
@@ -133,24 +142,30 @@ class Training:
             "history": self.history,
             "random_states": checkpoints.random_states(),
             "loader": self.train_loader.state_dict(),
+            # The student's weights stay deployable by themselves: what only training needs is kept apart.
+            **({"adapters": self.adapters.state_dict()} if self.adapters is not None else {}),
         }
 
     def restore(self, checkpoint: dict, path: str) -> None:
         """Continues a run from its checkpoint: weights, optimizer, random states, metrics so far.
 
         Raises:
-            UserError: the checkpoint is of another network or of no use for this optimizer.
+            UserError: weights or optimizer are of another network.
         """
         if checkpoint.get("arch", self.arch) != self.arch:
             raise UserError(
                 f"'{path}' is a checkpoint of {checkpoint['arch']}, not of {self.arch}; use --arch {checkpoint['arch']}"
             )
         checkpoints.load_weights(self.net, checkpoint["state_dict"], path)
+        if self.adapters is not None and "adapters" in checkpoint:
+            checkpoints.load_weights(self.adapters, checkpoint["adapters"], path)
         if "optimizer" in checkpoint:
             restore_optimizer(self.optimizer, checkpoint["optimizer"], path)
         if self.args.recipe == "finetune":
             return
         self.history.extend(checkpoint.get("history", []))
+        self.epochs_done = int(checkpoint.get("epoch", 0))
+        self.best = float(checkpoint.get("best_prec1", 0.0))
         if "random_states" in checkpoint:
             checkpoints.restore_random_states(checkpoint["random_states"])
 
@@ -159,7 +174,7 @@ class Training:
         rows = self.history
         best = max(rows, key=lambda row: row["test_acc"])
         return {
-            "finished": len(rows) >= self.args.epochs,
+            "finished": self.epochs_done >= self.args.epochs,
             "recipe": self.args.recipe,
             "dataset": self.args.dataset,
             "data_source": self.data_source,
@@ -167,7 +182,7 @@ class Training:
             "arch": self.arch,
             "num_classes": self.num_classes,
             "seed": self.args.manualSeed,
-            "epochs_done": len(rows),
+            "epochs_done": self.epochs_done,
             "last_epoch_accuracy": rows[-1]["test_acc"],
             "best_epoch_accuracy": best["test_acc"],
             "best_epoch": best["epoch"],
@@ -188,7 +203,6 @@ class Training:
             "optimizer": type(self.optimizer).__name__,
             "machine": describe_machine(self.device),
             "versions": describe_versions(),
-            "command": shlex.join(["python", *sys.argv]),
         }
 
 
@@ -198,6 +212,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str) 
     Raises:
         UserError: the saved optimizer is of other parameters.
     """
+    saved = _prev_data_in_state(saved)
     options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(saved)
@@ -213,6 +228,17 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str) 
                 raise UserError(
                     f"'{name}' saved in '{path}' has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}"
                 )
+
+
+def _prev_data_in_state(saved: dict) -> dict:
+    """AHSG-HT's release kept prev_data as a list in each parameter group; here it is per-parameter state."""
+    groups, state = [], {key: dict(value) for key, value in saved.get("state", {}).items()}
+    for group in saved.get("param_groups", []):
+        group = dict(group)
+        for key, prev in zip(group.get("params", []), group.pop("prev_data", []), strict=False):
+            state.setdefault(key, {})["prev_data"] = prev
+        groups.append(group)
+    return {"state": state, "param_groups": groups}
 
 
 def format_pass(name: str, result: PassResult) -> str:
