@@ -52,7 +52,7 @@ class AHSG_HT(Optimizer):
             every tensor of the group (the paper's own setting: sparse vectors).
 
     Every option is a parameter-group option: groups may differ in each of them, and a schedule may change them between
-    steps. A convolution whose gradient is None is neither updated nor thresholded, as with any torch optimizer.
+    steps. A parameter whose gradient is None is neither updated nor thresholded, as with any torch optimizer.
 
     State per parameter: `momentum_buffer` (where momentum is not 0) and `prev_data`, which is x_{t-1} (where v is not 0).
 
@@ -160,19 +160,21 @@ class AHSG_HT(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if any(p.grad is not None and p.grad.is_sparse for group in self.param_groups for p in group["params"]):
+            raise RuntimeError("AHSG_HT does not support sparse gradients; use sparse=False in the embedding")
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            if any(p.grad.is_sparse for p in params):
-                raise RuntimeError("AHSG_HT does not support sparse gradients; use sparse=False in the embedding")
             directions = self._sgd_directions(params, group)
             if group["heavy_ball"] == "paper":
                 self._paper_update(params, directions, group)
             else:
                 self._released_update(params, directions, group)
             if final or group["heavy_ball"] == "released":
-                hard_threshold(params, group["HTrate"], norm=group["norm"], unit=group["unit"])
+                hard_threshold(
+                    group["params"], group["HTrate"], norm=group["norm"], unit=group["unit"], only_with_grad=True
+                )
         return loss
 
     def _sgd_directions(self, params: list[Tensor], group: dict) -> list[Tensor]:
@@ -234,7 +236,7 @@ class AHSG_HT(Optimizer):
 
 
 def kept_count(total: int, HTrate: float) -> int:
-    """floor(total * HTrate), at least 1: how many of `total` filters are kept.
+    """floor(total * HTrate): how many of `total` filters are kept.
 
     The product is lifted by 1e-12 of itself before the floor, so that 90 filters at 0.7 (62.99999999999999 in binary
     arithmetic) keep the 63 that the decimal rate means.
@@ -254,7 +256,7 @@ def kept_count(total: int, HTrate: float) -> int:
 def following_additives(params: list[Tensor], index: int) -> list[Tensor]:
     """The additive 1-D parameters (convolution bias, BatchNorm bias) of the convolution params[index].
 
-    They are among the 1-D parameters of length C_out that follow it before the next weight: [conv bias],
+    They are among the 1-D parameters of length C_out that follow it before the next weight (one of more dimensions): [conv bias],
     [norm weight, norm bias] or [conv bias, norm weight, norm bias].
 
     Raises:
@@ -262,9 +264,10 @@ def following_additives(params: list[Tensor], index: int) -> list[Tensor]:
     """
     run = []
     for p in params[index + 1 :]:
-        if p.dim() != 1 or p.shape[0] != params[index].shape[0]:
+        if p.dim() > 1:
             break
-        run.append(p)
+        if p.dim() == 1 and p.shape[0] == params[index].shape[0]:
+            run.append(p)
     if len(run) > 3:
         raise ValueError(
             f"a convolution of shape {tuple(params[index].shape)} is followed by {len(run)} one-dimensional parameters of its length, at most 3 "
@@ -274,7 +277,9 @@ def following_additives(params: list[Tensor], index: int) -> list[Tensor]:
     return [run[i] for i in additive_positions]
 
 
-def hard_threshold(params: list[Tensor], HTrate: float, *, norm: int = 2, unit: str = "filter") -> None:
+def hard_threshold(
+    params: list[Tensor], HTrate: float, *, norm: int = 2, unit: str = "filter", only_with_grad: bool = False
+) -> None:
     """H, in place: of every layer keeps the kept_count(n, HTrate) units of largest norm, zeroes the others.
 
     Layers of one shape are ranked together in one stable sort (ties keep the lower index, on every device). Nothing is read
@@ -285,8 +290,9 @@ def hard_threshold(params: list[Tensor], HTrate: float, *, norm: int = 2, unit: 
         HTrate: share kept, in (0, 1].
         norm: 2 or 1.
         unit: "filter" or "element", as in AHSG_HT.
+        only_with_grad: leave out what has no gradient. `params` must name it all the same, or a filter's BatchNorm is not found.
     """
-    for (_, dtype, device), jobs in _threshold_jobs(params, HTrate, unit).items():
+    for (_, dtype, device), jobs in _threshold_jobs(params, HTrate, unit, only_with_grad).items():
         weights = [weight for weight, _, _ in jobs]
         kept = jobs[0][2]
         # A GPU pays per kernel, so its layers are copied side by side and thresholded as one tensor; a CPU pays for memory traffic.
@@ -311,18 +317,20 @@ def hard_threshold(params: list[Tensor], HTrate: float, *, norm: int = 2, unit: 
             torch._foreach_mul_([a for a, _ in additives], [row for _, row in additives])
 
 
-def _threshold_jobs(params: list[Tensor], HTrate: float, unit: str) -> dict:
+def _threshold_jobs(params: list[Tensor], HTrate: float, unit: str, only_with_grad: bool = False) -> dict:
     """Layers to threshold, as {(shape, dtype, device): [(weight, additives, kept), ...]}; layers kept whole are left out."""
     jobs = defaultdict(list)
     if HTrate == 1:
         return jobs
     for index, p in enumerate(params):
-        if unit == "filter" and p.dim() != 4:
+        if (unit == "filter" and p.dim() != 4) or p.numel() == 0 or (only_with_grad and p.grad is None):
             continue
         total = p.numel() if unit == "element" else p.shape[0]
         kept = kept_count(total, HTrate)
         if kept < total:
             additives = [] if unit == "element" else following_additives(params, index)
+            if only_with_grad:
+                additives = [a for a in additives if a.grad is not None]
             jobs[p.shape, p.dtype, p.device].append((p, additives, kept))
     return jobs
 

@@ -550,6 +550,9 @@ def test_parameters_without_gradient_are_skipped(heavy_ball):
 
 def test_a_convolution_without_gradient_is_not_thresholded():
     params = small_params()
+    set_gradients(params, draw_gradients(params, 1)[0])
+    for p in params[:4]:  # the first convolution and its BatchNorm
+        p.grad = None
     AHSG_HT(params, **RECIPE).step()
     assert len(kept_filters(params[0])) == 7
 
@@ -840,3 +843,61 @@ def test_ranks_with_the_same_gradients_keep_the_same_filters():
             optimizer.step()
         assert kept_filters(ranks[0]) == kept_filters(ranks[1])
     assert torch.equal(ranks[0], ranks[1])
+
+
+def step_with_gradients(net, **options):
+    """One step of AHSG_HT with random gradients for what requires them; returns the filters of `net[0]` that were removed."""
+    optimizer = AHSG_HT(net.parameters(), lr=0.01, HTrate=0.5, **options)
+    for p in net.parameters():
+        p.grad = torch.randn_like(p) if p.requires_grad else None
+    optimizer.step()
+    return net[0].weight.flatten(1).eq(0).all(dim=1)
+
+
+def test_a_frozen_norm_bias_leaves_the_norm_weight_alone():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+    net[1].bias.requires_grad_(False).fill_(1.0)
+    removed = step_with_gradients(net)
+    assert removed.sum() == 4
+    assert net[1].weight.ne(0).all()
+    assert net[1].bias.eq(1).all()
+
+
+def test_a_frozen_convolution_between_keeps_its_own_norm():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)
+    )
+    net[2].weight.requires_grad_(False)
+    for norm in (net[1], net[3]):
+        nn.init.ones_(norm.bias)
+    removed = step_with_gradients(net)
+    assert torch.equal(net[1].bias.eq(0), removed)
+    assert net[3].bias.ne(0).all()
+
+
+def test_a_one_dimensional_parameter_of_another_length_is_passed_over():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.PReLU(1), nn.BatchNorm2d(8))
+    nn.init.ones_(net[2].bias)
+    removed = step_with_gradients(net)
+    assert removed.sum() == 4
+    assert torch.equal(net[2].bias.eq(0), removed)
+    assert torch.equal(net[0].bias.eq(0), removed)
+    assert net[2].weight.ne(0).all()
+
+
+def test_an_empty_parameter_is_no_layer():
+    empty = torch.zeros(0, requires_grad=True)
+    AHSG_HT([empty], lr=0.1, HTrate=0.5, unit="element")
+    assert empty.numel() == 0
+
+
+def test_a_sparse_gradient_in_a_later_group_stops_the_step_before_any_update():
+    first, second = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    first.grad, second.grad = torch.ones(3), torch.ones(3).to_sparse()
+    optimizer = AHSG_HT([{"params": [first]}, {"params": [second]}], lr=0.1)
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    assert first.eq(1).all()
