@@ -890,8 +890,11 @@ def test_a_one_dimensional_parameter_of_another_length_is_passed_over():
 
 def test_an_empty_parameter_is_no_layer():
     empty = torch.zeros(0, requires_grad=True)
-    AHSG_HT([empty], lr=0.1, HTrate=0.5, unit="element")
-    assert empty.numel() == 0
+    full = torch.ones(4, requires_grad=True)
+    optimizer = AHSG_HT([empty, full], lr=0.1, HTrate=0.5, unit="element")
+    empty.grad, full.grad = torch.zeros(0), torch.zeros(4)
+    optimizer.step()
+    assert full.tolist() == [1, 1, 0, 0]
 
 
 def test_a_sparse_gradient_in_a_later_group_stops_the_step_before_any_update():
