@@ -289,6 +289,13 @@ def test_synthetic_images_are_all_different(small_synthetic):
     assert len(torch.unique(images.flatten(1), dim=0)) == 2500
 
 
+def test_synthetic_splits_of_one_size_differ(monkeypatch):
+    monkeypatch.setattr(sources, "SYNTHETIC_SIZES", {"train": 20, "test": 20})
+    loaded = data.load("synthetic", "nowhere")
+    images = torch.cat([loaded.train.images, loaded.test.images])
+    assert len(torch.unique(images.flatten(1), dim=0)) == 40
+
+
 def test_synthetic_uses_the_levels(small_synthetic):
     """Neither flat nor mostly clipped."""
     images = small_synthetic.train.images.float()
@@ -317,7 +324,7 @@ def test_synthetic_says_so(small_synthetic):
 
 def test_tree_is_read_in_class_order(tmp_path):
     """Pixels and labels exactly; classes sorted by name, whatever the order on the disk."""
-    classes = sorted(["zebra", "Ant", "bee", "10", "9"])
+    classes = sorted(["zebra", "Bee", "ant", "10", "9"])
     images = make_tree(tmp_path, classes[::-1], per_class=1)
     loaded = data.load("folder", tmp_path)
     assert loaded.classes == classes
@@ -539,6 +546,21 @@ def test_failing_download_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_answers", lambda url: True)
     monkeypatch.setattr(import_torchvision().datasets.CIFAR10, "download", download)
     refused("download.*No space left", "cifar10", tmp_path)
+
+
+def test_download_leaves_no_socket_timeout_behind(tmp_path, monkeypatch):
+    """Other sockets of the process wait as long as before."""
+    within = []
+
+    def download(self):
+        within.append(socket.getdefaulttimeout())
+        raise RuntimeError
+
+    monkeypatch.setattr(sources, "_answers", lambda url: True)
+    monkeypatch.setattr(import_torchvision().datasets.CIFAR10, "download", download)
+    before = socket.getdefaulttimeout()
+    refused("download", "cifar10", tmp_path)
+    assert (within, socket.getdefaulttimeout()) == ([sources.PROBE_SECONDS], before)
 
 
 def test_download_goes_to_the_data_path(tv_cifar10, tmp_path, monkeypatch):

@@ -380,14 +380,13 @@ def test_seed_is_drawn_from_torchs_generator():
     assert DataLoader(Numbers(203), 8, shuffle=True).seed == first.seed != second.seed
 
 
-def test_random_numbers_of_workers_follow_the_seed():
-    first, second = (epoch_of(DataLoader(Noise(20), 8, num_workers=2, seed=1)) for _ in range(2))
-    assert first == second
-
-
-def test_random_numbers_of_workers_change_with_the_epoch():
-    loader = DataLoader(Noise(20), 8, num_workers=2, seed=1)
-    assert epoch_of(loader) != epoch_of(loader)
+def test_random_numbers_of_workers_depend_on_seed_and_epoch():
+    """Epoch 1 of a seed has its own, however it was reached."""
+    loader, same, other = (DataLoader(Noise(20), 8, num_workers=2, seed=s) for s in (1, 1, 2))
+    same.set_epoch(1)
+    other.set_epoch(1)
+    first, second = epoch_of(loader), epoch_of(loader)
+    assert second == epoch_of(same) and second not in (first, epoch_of(other))
 
 
 # Epochs and positions
@@ -513,6 +512,13 @@ def test_resumed_augmentation_is_bit_identical(workers):
     assert all(torch.equal(a, b) for x, y in zip(expected, other, strict=True) for a, b in zip(x, y, strict=True))
 
 
+def test_sampler_starts_late_once():
+    sampler = GrowingBatchSampler(203, 8, 0.1, shuffle=True)
+    whole = list(sampler)
+    sampler.start = 5
+    assert (list(sampler), list(sampler)) == (whole[5:], whole)
+
+
 # The arguments of torch's loader that replace ours
 
 
@@ -559,6 +565,11 @@ def test_invalid_k_is_answered_with_the_three_meanings(k):
     with pytest.raises(ValueError, match=r"(?s)None.*0 < k < 1.*k >= batch_size") as error:
         DataLoader(Numbers(203), 64, k)
     assert repr(k) in str(error.value)
+
+
+def test_true_is_no_cap_of_one():
+    with pytest.raises(ValueError, match=r"0 < k < 1.*k=True"):
+        DataLoader(Numbers(203), 1, True)
 
 
 @pytest.mark.parametrize(
