@@ -6,7 +6,7 @@ import os
 
 from torch import Tensor, nn
 
-from models.registry import REGISTRY, build
+from models.registry import REGISTRY, build, check_arch
 from utils import checkpoint as checkpoints
 from utils.errors import UserError
 
@@ -21,6 +21,8 @@ def infer_options(arch: str, state_dict: dict[str, Tensor]) -> dict:
         if f"{last}.weight" in state_dict and state_dict[f"{last}.weight"].dim() == 2:
             options = {"num_classes": state_dict[f"{last}.weight"].shape[0]}
             if last == "classifier2":
+                if not arch.startswith("resnet"):
+                    raise UserError(f"these weights have the two-layer head of a CIFAR ResNet, {arch} has none")
                 options["head_width"] = state_dict["classifier2.weight"].shape[1]
             return options
     raise UserError(f"these are not weights of {arch}: no classifier among {', '.join(list(state_dict)[:3])}, ...")
@@ -45,6 +47,7 @@ def load_with_name(path: str | os.PathLike, arch: str | None = None) -> tuple[st
     arch = checkpoint.get("arch") or arch
     if arch is None:
         raise UserError(f"'{path}' does not name its network; say which: one of {', '.join(REGISTRY)}")
+    check_arch(arch)
     net = build(arch, **infer_options(arch, checkpoint["state_dict"]))
     checkpoints.load_weights(net, checkpoint["state_dict"], path)
     return arch, net.eval()
