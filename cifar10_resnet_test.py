@@ -14,6 +14,7 @@ Everything a run leaves behind is in its --save_path: log, metrics.csv, curves.p
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 from itertools import groupby
@@ -33,13 +34,14 @@ from utils.errors import UserError, run_main
 from utils.objective import cross_entropy
 from utils.options import OneLineParser, add_training_options, resolve_recipe
 from utils.plan import format_plan, make_plan
-from utils.run_folder import RunFolder, choose_folder
+from utils.resume import adopt_settings, find_start
+from utils.run_folder import RunFolder
 from utils.training import Training, format_pass
 
 EVALUATION_BATCH = 500
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parser() -> OneLineParser:
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -52,7 +54,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--arch", "-a", default="resnet20", metavar="ARCH", help=f"network: {', '.join(models.REGISTRY)}"
     )
     add_training_options(parser)
-    args = resolve_recipe(parser.parse_args(argv))
+    return parser
+
+
+def settle(args: argparse.Namespace, given: set[str], checkpoint: dict | None = None) -> argparse.Namespace:
+    """The settings of a run, from its command line, the checkpoint that it resumes, and its recipe."""
+    adopt_settings(args, given, checkpoint)
+    resolve_recipe(args, given)
     # The network that is trained; --arch names the teacher when there is an --arch_small.
     args.student = args.arch_small or args.arch
     for arch in (args.arch, args.student):
@@ -60,6 +68,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.head_width and not args.student.startswith("resnet"):
         raise UserError(f"--head_width is for the CIFAR ResNets, got {args.student}")
     return args
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The settings of a command line by itself."""
+    return settle(*parser().parse_given(argv))
 
 
 def build_optimizer(net: torch.nn.Module, adapters: torch.nn.Module | None, args: argparse.Namespace):
@@ -74,40 +87,46 @@ def build_optimizer(net: torch.nn.Module, adapters: torch.nn.Module | None, args
     return AHSG_HT(groups, v=args.v, HTrate=args.HTrate, heavy_ball=args.heavy_ball, norm=args.norm, **common)
 
 
-def build_loaders(images: data.Data, args: argparse.Namespace, device: torch.device):
+def build_train_loader(images: data.Data, args: argparse.Namespace) -> data.DataLoader:
     if args.batch_size > len(images.train):
         raise UserError(
             f"--batch_size {args.batch_size} is more than the {len(images.train)} training images; use a smaller one"
         )
-    if device.type == "cuda":
-        # The images live on the GPU, where worker processes are of no use.
-        images.train.to(device), images.test.to(device)
-        args.workers = 0
-    common = dict(num_workers=args.workers, persistent_workers=args.workers > 0)
     growth = dict(growth=args.growth, restart=not args.no_restart, max_batch_size=args.max_batch_size)
+    workers = dict(num_workers=args.workers, persistent_workers=args.workers > 0)
     try:
-        train_loader = data.DataLoader(
-            images.train, args.batch_size, args.k, shuffle=True, seed=args.manualSeed, **growth, **common
+        return data.DataLoader(
+            images.train, args.batch_size, args.k, shuffle=True, seed=args.manualSeed, **growth, **workers
         )
     except ValueError as error:
         raise UserError(str(error)) from None
-    return train_loader, data.DataLoader(images.test, EVALUATION_BATCH, **common)
 
 
-def build_objective(
-    net: torch.nn.Module, images: data.Data, test_loader, args: argparse.Namespace, device: torch.device
-):
-    """Cross-entropy, or with a teacher distillation; and what results.json says of the teacher."""
+def load_teacher(args: argparse.Namespace) -> torch.nn.Module | None:
+    """The network of --teacher, checked against --arch; None for a run without."""
+    if args.evaluate:
+        return None
     if not args.teacher:
-        if args.arch_small or args.recipe in ("distill", "prune_distill"):
-            raise UserError(
-                f"distillation needs a trained teacher: add --teacher FILE; this trains one: python cifar10_resnet_test.py "
-                f"{args.data_path} --dataset {args.dataset} --arch {args.arch if args.arch_small else 'resnet56'} --recipe baseline"
-            )
-        return cross_entropy, {}
+        if not args.arch_small and args.recipe not in ("distill", "prune_distill"):
+            return None
+        arch = args.arch if args.arch_small else "resnet56"
+        command = ["python", "cifar10_resnet_test.py", args.data_path, "--dataset", args.dataset, "--arch", arch]
+        raise UserError(
+            f"distillation needs a trained teacher: add --teacher FILE; this trains one: {shlex.join(command)} --recipe baseline"
+        )
     arch, teacher = models.load_with_name(args.teacher, args.arch)
     if args.arch_small and arch != args.arch:
         raise UserError(f"--teacher '{args.teacher}' is a {arch}, --arch says {args.arch}; use --arch {arch}")
+    args.teacher_arch = arch
+    return teacher
+
+
+def build_objective(
+    teacher: torch.nn.Module | None, net: torch.nn.Module, images: data.Data, test_loader, args, device
+):
+    """Cross-entropy, or with a teacher distillation; and what results.json says of the teacher."""
+    if teacher is None:
+        return cross_entropy, {}
     classes = len(images.classes)
     if teacher.num_classes != classes:
         raise UserError(
@@ -116,11 +135,13 @@ def build_objective(
         )
     teacher.to(device, memory_format=torch.channels_last)
     tested = evaluate(teacher, test_loader, device)
-    print(f"teacher {arch} of {args.teacher}: {format_pass('Teacher', tested).strip()}", flush=True)
-    # A network that knows nothing scores 100/classes, give or take.
-    if tested.top1 < 150 / classes:
+    print(f"teacher {args.teacher_arch} of {args.teacher}: {format_pass('Teacher', tested).strip()}", flush=True)
+    # A network that knows nothing scores 100/classes with this standard deviation.
+    chance = 100 / classes
+    spread = math.sqrt(chance * (100 - chance) / len(images.test))
+    if tested.top1 < chance + 3 * spread:
         raise UserError(
-            f"--teacher '{args.teacher}' scores {tested.top1:.2f} %, no better than chance ({100 / classes:g} %); train it first"
+            f"--teacher '{args.teacher}' scores {tested.top1:.2f} %, no better than chance ({chance:g} %); train it first"
         )
     if args.share_classifier:
         share_classifier(teacher, net)
@@ -128,7 +149,7 @@ def build_objective(
     objective = Distillation(
         teacher, net, sample, on=args.kd_on, loss=args.loss, weight=args.kd_weight, temperature=args.kd_T
     )
-    facts = {"arch": arch, "file": args.teacher, "accuracy": tested.top1, "sha256": checksum(args.teacher)}
+    facts = {"arch": args.teacher_arch, "file": args.teacher, "accuracy": tested.top1, "sha256": checksum(args.teacher)}
     return objective, {"teacher": facts}
 
 
@@ -150,9 +171,12 @@ def run_name(args: argparse.Namespace) -> str:
 def main(argv: list[str] | None = None) -> Path | None:
     """Runs the command line (the process's own by default); returns the run's folder, None after --evaluate."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
-    folder, checkpoint = choose_folder(args, args.student, run_name(args))
+    args, given = parser().parse_given(argv)
     device = choose_device(args.ngpu)
+    checkpoint = checkpoints.read(args.resume) if args.resume not in (None, "auto") else None
+    settle(args, given, checkpoint)
+    start = find_start(args, given, checkpoint, args.student, run_name(args))
+    teacher = load_teacher(args)
     flush_denormals()
     seed_everything(args.manualSeed)
     if args.dataset == "synthetic":
@@ -163,28 +187,33 @@ def main(argv: list[str] | None = None) -> Path | None:
     images = data.load(args.dataset, args.data_path, seed=args.manualSeed)
     num_classes = len(images.classes)
     options = {"num_classes": num_classes, **({"head_width": args.head_width} if args.head_width else {})}
-    if checkpoint:
-        options = models.infer_options(args.student, checkpoint["state_dict"])
+    if start.checkpoint:
+        options = models.infer_options(args.student, start.checkpoint["state_dict"])
         if options["num_classes"] != num_classes:
             raise UserError(
                 f"'{args.resume}' tells {options['num_classes']} classes apart, the data has {num_classes}; "
                 "choose the --dataset it was trained on"
             )
     net = models.build(args.student, **options).to(device, memory_format=torch.channels_last)
-    plan = make_plan(net, args.HTrate)
-    train_loader, test_loader = build_loaders(images, args, device)
+    if device.type == "cuda":
+        # The images live on the GPU, where worker processes are of no use.
+        images.train.to(device), images.test.to(device)
+        args.workers = 0
+    test_loader = data.DataLoader(images.test, EVALUATION_BATCH)
     if args.evaluate:
-        checkpoints.load_weights(net, checkpoint["state_dict"], args.resume)
+        checkpoints.load_weights(net, start.checkpoint["state_dict"], args.resume)
         print(f"{args.student} of {args.resume} on {len(images.test)} test images ({images.source})")
         print(format_pass("Test", evaluate(net, test_loader, device)))
         return None
 
-    objective, facts = build_objective(net, images, test_loader, args, device)
+    plan = make_plan(net, args.HTrate)
+    train_loader = build_train_loader(images, args)
+    objective, facts = build_objective(teacher, net, images, test_loader, args, device)
     optimizer = build_optimizer(net, getattr(objective, "adapters", None), args)
     sizes = {"train_images": len(images.train), "test_images": len(images.test)}
     training = Training(
         args=args,
-        run=RunFolder(folder, args.manualSeed),
+        run=RunFolder(start.folder, args.manualSeed, new=not start.folder_is_its_own),
         arch=args.student,
         num_classes=num_classes,
         net=net,
@@ -197,8 +226,8 @@ def main(argv: list[str] | None = None) -> Path | None:
         data_source=images.source,
         facts={"command": shlex.join(["python", "cifar10_resnet_test.py", *argv]), **sizes, **facts},
     )
-    if checkpoint:
-        training.restore(checkpoint, args.resume)
+    if start.checkpoint:
+        training.restore(start.checkpoint, args.resume, continues=start.continues)
     log = training.run.log
     log("settings: " + ", ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
     log(
@@ -210,6 +239,8 @@ def main(argv: list[str] | None = None) -> Path | None:
     log(f"keeping HTrate={args.HTrate:g} of the filters, that is prune_rate={args.prune_rate:g} removed")
     log(f"schedule: {describe_schedule(train_loader.sizes(0))}")
     log(format_plan(plan))
+    for note in start.notes:
+        log(note)
     late = [m for m in args.schedule if m >= args.epochs]
     if late:
         log(
@@ -220,14 +251,15 @@ def main(argv: list[str] | None = None) -> Path | None:
         log(
             f"nothing left to do: {args.resume} has {training.epochs_done} of {args.epochs} epochs; a larger --epochs trains on"
         )
-        return
     results = training.train()
+    if results is None:
+        return start.folder
     log(
         f"\nlast epoch {results['last_epoch_accuracy']:.2f} %, best epoch {results['best_epoch_accuracy']:.2f} % "
-        f"(epoch {results['best_epoch']}); log, metrics.csv, curves.png, results.json and checkpoints are in {folder}"
+        f"(epoch {results['best_epoch']}); log, metrics.csv, curves.png, results.json and checkpoints are in {start.folder}"
     )
     log(comparison_line(results))
-    return folder
+    return start.folder
 
 
 if __name__ == "__main__":

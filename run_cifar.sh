@@ -8,7 +8,9 @@
 #
 # Recipes: prune (default), baseline, distill, prune_distill, finetune.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
-source utils/environment.sh
-choose_python requirements.txt
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$root/utils/environment.sh"
+choose_python "$root/requirements.txt"
+# Paths on the command line, ./data and runs/ are relative to where the command is given.
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 exec "$PYTHON" -m utils.run_recipe "$@"

@@ -64,7 +64,10 @@ class ImageArrays(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """float32 (B, C, H, W) and int64 (B,)."""
-        chosen = torch.as_tensor(indices, dtype=torch.int64).to(self.images.device)
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        if self.images.is_cuda:
+            # From pinned memory, or the copy would wait for all that the GPU has still to do.
+            chosen = chosen.pin_memory().to(self.images.device, non_blocking=True)
         batch = self.images[chosen]
         if self.augment:
             batch = crop_and_flip(batch, self._numbers_now()[chosen])

@@ -128,7 +128,6 @@ def test_different_widths_get_a_learned_linear_adapter(on, kinds):
             dict(on="stages"),
             r"stage 2.*\(2, 2\).*\(4, 4\)",
         ),
-        (lambda: (TwoStages((5, 6)), TwoStages((5, 6))), dict(on="feature", loss="KL"), "KL compares logits"),
     ],
 )
 def test_networks_that_cannot_be_compared_are_refused(make_nets, options, pattern):

@@ -121,6 +121,37 @@ def test_an_unknown_recipe_is_named(recorded):
         recorded("prnue")
 
 
+def test_a_teacher_trained_too_briefly_or_on_other_data_is_not_used(recorded, with_data, capsys):
+    recorded("distill", "--epochs", "5")
+    assert [args.recipe for args in recorded("distill", "--epochs", "6")[3:]] == ["baseline", "distill", "baseline"]
+    assert [args.recipe for args in recorded("distill", "elsewhere", "--epochs", "5")[6:]] == [
+        "baseline",
+        "distill",
+        "baseline",
+    ]
+    Path("runs/baseline-cifar10-resnet56-seed1/results.json").write_text("{")
+    recorded("distill", "--epochs", "5")
+    assert "is damaged and passed over" in capsys.readouterr().out
+
+
+def test_short_and_hyphenated_names_mean_the_same(recorded, with_data):
+    teacher, student, _ = recorded(
+        "prune_distill", "-a", "vgg13_bn", "--arch-small", "resnet32", "-b", "32", "--head-width", "20", "--epochs", "5"
+    )
+    assert (teacher.arch, teacher.batch_size, teacher.head_width) == ("vgg13_bn", 128, None)
+    assert (student.arch, student.student, student.batch_size, student.head_width) == ("vgg13_bn", "resnet32", 32, 20)
+
+
+def test_the_recipe_may_be_an_option(recorded, with_data):
+    (args,) = recorded("--recipe", "baseline", "--epochs", "5")
+    assert args.recipe == "baseline"
+
+
+def test_recipes_of_several_runs_take_no_checkpoint(recorded, with_data):
+    with pytest.raises(UserError, match="leave out --resume"):
+        recorded("distill", "--resume", "x")
+
+
 @pytest.mark.parametrize(
     ("flags", "left"),
     [
@@ -142,7 +173,7 @@ def results(**changes):
         prune_rate=0.3,
         last_epoch_accuracy=90.5,
         recipe="prune",
-        epochs_done=200,
+        epochs_run_here=200,
         train_images=50_000,
         test_images=10_000,
     )
@@ -157,7 +188,7 @@ def test_comparison_names_the_published_rows():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (dict(epochs_done=5), "NOT COMPARABLE: 5 epochs instead of 200"),
+        (dict(epochs_run_here=5), "NOT COMPARABLE: 5 epochs instead of 200"),
         (dict(train_images=60, test_images=20), "NOT COMPARABLE: 60 training"),
         (dict(synthetic_data=True), "none, the data is SYNTHETIC"),
         (dict(prune_rate=0.35), "none, no published row for resnet20 on cifar10 with 35 %"),

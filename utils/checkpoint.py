@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import random
 import warnings
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 
+# Marks files of this project; what only they hold (settings, metrics, random states) is read from them alone.
+FORMAT = "ahsg-ht 1"
+
 
 def write(checkpoint: dict, *paths: str | os.PathLike) -> None:
     """Writes one checkpoint to each of the paths: to a temporary file beside it, flushed to the disk, then renamed.
@@ -22,7 +26,7 @@ def write(checkpoint: dict, *paths: str | os.PathLike) -> None:
         UserError: the disk is full or the folder not writable; earlier files at the paths are untouched.
     """
     buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
+    torch.save({"format": FORMAT, **checkpoint}, buffer)
     for path in map(Path, paths):
         replace_file(path, buffer.getbuffer())
 
@@ -44,7 +48,8 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
 def read(path: str | os.PathLike) -> dict:
     """A checkpoint as a dict with at least "state_dict", tensors on the CPU.
 
-    A bare state dict is wrapped, a `module.` prefix of the names is taken off. Only tensors and plain values are read
+    A bare state dict is wrapped, a `module.` prefix of the names is taken off; of files of others the entries arch, epoch,
+    best_prec1 and optimizer are kept where they are what their names say. Only tensors and plain values are read
     (torch's weights_only), so a file from others cannot run code.
 
     Raises:
@@ -82,7 +87,27 @@ def read(path: str | os.PathLike) -> dict:
         raise UserError(f"'{path}' is no checkpoint: it has no state_dict of tensors")
     if all(name.startswith("module.") for name in weights):
         content["state_dict"] = {name.removeprefix("module."): value for name, value in weights.items()}
-    return content
+    return content if content.get("format") == FORMAT else _entries_of_others(content)
+
+
+def _entries_of_others(content: dict) -> dict:
+    """What a checkpoint of another project may say, each entry only where it is of the expected kind."""
+    kept = {"state_dict": content["state_dict"]}
+    if isinstance(content.get("arch"), str):
+        kept["arch"] = content["arch"]
+    for name in ("epoch", "best_prec1"):
+        value = content.get(name)
+        value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        if isinstance(value, (int, float)) and math.isfinite(value) and value >= 0:
+            kept[name] = int(value) if name == "epoch" else float(value)
+    optimizer = content.get("optimizer")
+    if (
+        isinstance(optimizer, dict)
+        and isinstance(optimizer.get("state"), dict)
+        and isinstance(optimizer.get("param_groups"), list)
+    ):
+        kept["optimizer"] = optimizer
+    return kept
 
 
 def load_weights(net: nn.Module, state_dict: dict[str, Tensor], path: str | os.PathLike) -> None:

@@ -35,6 +35,8 @@ def comparison_line(results: dict) -> str:
     """
     if results["synthetic_data"]:
         return "comparison with the papers: none, the data is SYNTHETIC"
+    if results["recipe"] == "finetune":
+        return "comparison with the papers: none, the published rows compared here are trained from scratch and this run is not"
     rows = published_rows(results["dataset"], results["arch"], results["prune_rate"])
     what = f"{results['arch']} on {results['dataset']} with {100 * results['prune_rate']:g} % of the filters removed"
     if not rows:
@@ -46,8 +48,8 @@ def comparison_line(results: dict) -> str:
     )
     own = f"this run {results['last_epoch_accuracy']:.2f} (last epoch)"
     full = RECIPES[results["recipe"]]["epochs"]
-    if results["epochs_done"] < full:
-        own += f", NOT COMPARABLE: {results['epochs_done']} epochs instead of {full}"
+    if results["epochs_run_here"] < full:
+        own += f", NOT COMPARABLE: {results['epochs_run_here']} epochs instead of {full}"
     elif (results["train_images"], results["test_images"]) != FULL_SIZES.get(results["dataset"]):
         own += f", NOT COMPARABLE: {results['train_images']} training and {results['test_images']} test images"
     return f"comparison with the papers, {what}: {own}; published, top-1 %: {published}"

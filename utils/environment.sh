@@ -20,7 +20,8 @@ PY
 }
 
 choose_python() {
-    local requirements=$1 candidate base=""
+    local requirements=$1 candidate base="" venv
+    venv="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv"
     for candidate in python python3; do
         if command -v "$candidate" >/dev/null && satisfies "$candidate" "$requirements"; then
             PYTHON=$(command -v "$candidate")
@@ -28,8 +29,8 @@ choose_python() {
             return
         fi
     done
-    if [[ -x .venv/bin/python ]] && satisfies .venv/bin/python "$requirements"; then
-        PYTHON=.venv/bin/python
+    if [[ -x $venv/bin/python ]] && satisfies "$venv/bin/python" "$requirements"; then
+        PYTHON=$venv/bin/python
         echo "environment: .venv"
         return
     fi
@@ -44,13 +45,13 @@ choose_python() {
         exit 2
     fi
     echo "environment: making .venv with $("$base" --version) and the packages of $requirements (once, some minutes)"
-    if ! "$base" -m venv .venv; then
+    if ! "$base" -m venv "$venv"; then
         echo "error: $base cannot make a virtual environment; install its venv module (Debian: python3-venv)" >&2
         exit 2
     fi
-    if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"; then
+    if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"; then
         echo "error: pip could not install $requirements; check the network, then run this again" >&2
         exit 2
     fi
-    PYTHON=.venv/bin/python
+    PYTHON=$venv/bin/python
 }

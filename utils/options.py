@@ -22,14 +22,35 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None):
-        return super().parse_args([_underscored(a) for a in (sys.argv[1:] if args is None else args)], namespace)
+        return super().parse_args(self.canonical(sys.argv[1:] if args is None else args), namespace)
+
+    def parse_given(self, args: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
+        """The options, and the names of those that the command line gives."""
+        missing = object()
+        names = [action.dest for action in self._actions if action.dest != "help"]
+        marked = self.parse_args(args, argparse.Namespace(**dict.fromkeys(names, missing)))
+        given = {name for name in names if getattr(marked, name) is not missing}
+        return self.parse_args(args), given
+
+    def canonical(self, args: Sequence[str]) -> list[str]:
+        """A command line with every option under its first long name, `-b 8` and `--batch-size 8` as `--batch_size 8`."""
+        return [self._canonical(argument) for argument in args]
+
+    def _canonical(self, argument: str) -> str:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            name = f"--{name[2:].replace('-', '_')}"
+        action = self._option_string_actions.get(name)
+        if action is None or action.dest == "help":
+            return argument if not argument.startswith("--") else f"{name}{equals}{value}"
+        return f"--{action.dest}{equals}{value}"
 
 
-def _underscored(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}"
+def path_name(text: str) -> str:
+    """An argparse type: a path; an empty one is a shell variable that was not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, got ''")
+    return text
 
 
 def number(kind: Callable, accept: Callable[[float], bool], meaning: str):
@@ -119,7 +140,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--arch_small", metavar="ARCH", help="the student; --arch is then the teacher, as in the release"
     )
-    group.add_argument("--teacher", metavar="FILE", help="checkpoint of the trained teacher")
+    group.add_argument("--teacher", type=path_name, metavar="FILE", help="checkpoint of the trained teacher")
     group.add_argument("--loss", choices=LOSSES, help="distance between student and teacher (MSE; KL on logits)")
     group.add_argument("--kd_on", choices=KD_ON, help="what is compared (feature: penultimate features; for KL logits)")
     group.add_argument("--kd_weight", type=not_negative, default=1.0, help="weight of the distance (1)")
@@ -131,7 +152,9 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("run")
     group.add_argument(
-        "--save_path", help="folder for log, checkpoints and results (runs/<recipe>-<dataset>-<network>-...)"
+        "--save_path",
+        type=path_name,
+        help="folder for log, checkpoints and results (runs/<recipe>-<dataset>-<network>-...)",
     )
     group.add_argument(
         "--resume",
@@ -150,8 +173,12 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def resolve_recipe(args: argparse.Namespace) -> argparse.Namespace:
+def resolve_recipe(args: argparse.Namespace, given: set[str]) -> argparse.Namespace:
     """Fills in the recipe's numbers, makes HTrate and prune_rate agree, and checks what single flags cannot.
+
+    Args:
+        args: options of a command line, completed here.
+        given: names of those it gives.
 
     Raises:
         UserError: flags that contradict each other.
@@ -167,8 +194,24 @@ def resolve_recipe(args: argparse.Namespace) -> argparse.Namespace:
     if args.recipe in ("baseline", "distill") and args.HTrate not in (None, 1):
         instead = "prune" if args.recipe == "baseline" else "prune_distill"
         raise UserError(f"recipe {args.recipe} keeps every filter, got HTrate={args.HTrate:g}; use --recipe {instead}")
+    if args.recipe in ("baseline", "distill") and args.v:
+        raise UserError(f"recipe {args.recipe} is plain SGD, got --v {args.v:g}; leave it out")
+    if args.teacher and args.recipe in ("baseline", "prune"):
+        instead = "distill" if args.recipe == "baseline" else "prune_distill"
+        raise UserError(f"recipe {args.recipe} has no teacher; use --recipe {instead}, or leave --teacher out")
+    idle = sorted(given & {"kd_on", "kd_weight", "kd_T", "share_classifier"})
+    if idle and not args.teacher:
+        raise UserError(f"--{idle[0]} needs a teacher; add --teacher FILE")
+    if args.heavy_ball == "released" and args.threshold_every == "epoch":
+        raise UserError(
+            "--heavy_ball released thresholds at every step, as the release; leave out --threshold_every epoch"
+        )
     args.kd_on = args.kd_on or ("logits" if args.loss == "KL" else "feature")
     args.loss = args.loss or "MSE"
+    if args.loss == "KL" and args.kd_on != "logits":
+        raise UserError(
+            f"--loss KL compares logits, got --kd_on {args.kd_on}; use --kd_on logits, or --loss MSE, L1 or SmoothL1"
+        )
     if args.fit_schedule and args.schedule is not None:
         raise UserError("--fit_schedule scales the recipe's milestones; give it or --schedule, not both")
     if args.fit_schedule:

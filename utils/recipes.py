@@ -32,5 +32,13 @@ def learning_rate_at(epoch: int, base: float, schedule: list[int], gammas: list[
 
 
 def fit_schedule(schedule: list[int], epochs: int, full_epochs: int) -> list[int]:
-    """Milestones of a recipe of `full_epochs`, scaled to `epochs`; milestone 1, the end of the warm-up epoch, stays."""
-    return [m if m <= 1 else max(1, round(m * epochs / full_epochs)) for m in schedule]
+    """Milestones of a recipe of `full_epochs`, scaled to `epochs`.
+
+    Milestone 1, the end of the warm-up epoch, stays; the others keep at least an epoch between them, so a very short run ends
+    before the last of them.
+    """
+    fitted: list[int] = []
+    for milestone in schedule:
+        scaled = milestone if milestone <= 1 else round(milestone * epochs / full_epochs)
+        fitted.append(max(scaled, fitted[-1] + 1 if fitted else 0))
+    return fitted

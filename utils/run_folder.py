@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
+import math
 import os
 from pathlib import Path
 
@@ -17,20 +17,25 @@ METRICS = ("epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "i
 
 
 class RunFolder:
-    """Writes what a run leaves behind. Made by `new_run` or `continue_run`.
+    """Writes what a run leaves behind.
 
-    Attributes:
-        path: the folder.
-        log_path: log_seed_<n>.txt, appended to.
+    Args:
+        path: the folder, made where absent.
+        seed: names the log file, log_seed_<seed>.txt.
+        new: a run that begins; its log must not exist yet, so of two runs that choose one folder at one time the second stops.
     """
 
-    def __init__(self, path: Path, seed: int):
+    def __init__(self, path: Path, seed: int, *, new: bool = True):
         self.path = path
         self.log_path = path / f"log_seed_{seed}.txt"
         try:
             path.mkdir(parents=True, exist_ok=True)
-            with open(self.log_path, "a"):
+            with open(self.log_path, "x" if new else "a"):
                 pass
+        except FileExistsError:
+            raise UserError(
+                f"another run has just begun in '{path}'; start this one again, or choose another --save_path"
+            ) from None
         except OSError as error:
             raise UserError(
                 f"cannot write to save path '{path}' ({error.strerror}); choose another --save_path"
@@ -66,91 +71,25 @@ class RunFolder:
         checkpoints.replace_file(self.path / "metrics.csv", text.getvalue().encode())
 
     def write_results(self, results: dict) -> None:
-        checkpoints.replace_file(self.path / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+        text = json.dumps(_finite(results), indent=1, allow_nan=False) + "\n"
+        checkpoints.replace_file(self.path / "results.json", text.encode())
+
+
+def _finite(value):
+    """Numbers that JSON does not know (a diverged loss) as null."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def holds_a_run(path: Path) -> bool:
-    return path.is_dir() and any(
-        (path / "results.json").is_file() or file.name.endswith(".pth.tar") for file in path.iterdir()
-    )
-
-
-# Settings that a continued run must share with its checkpoint to be the same run.
-SAME_RUN = (
-    "recipe",
-    "dataset",
-    "batch_size",
-    "k",
-    "growth",
-    "max_batch_size",
-    "no_restart",
-    "learning_rate",
-    "momentum",
-    "decay",
-)
-SAME_RUN += (
-    "schedule",
-    "gammas",
-    "HTrate",
-    "v",
-    "heavy_ball",
-    "norm",
-    "threshold_every",
-    "manualSeed",
-    "teacher",
-    "loss",
-    "kd_on",
-)
-SAME_RUN += ("kd_weight", "kd_T")
-
-
-def choose_folder(args: argparse.Namespace, arch: str, default_name: str) -> tuple[Path | None, dict | None]:
-    """The folder that a run writes to (None for --evaluate), and the checkpoint that it starts from (None for a new run).
-
-    A run that is continued stays in the folder of its checkpoint unless --save_path names another. `--resume auto` continues
-    the run in --save_path (or in the default folder) if it is there and has the same settings, and starts a new one otherwise;
-    args.resume is then the checkpoint's path or None.
-
-    Raises:
-        UserError: the checkpoint cannot be used, or the folder holds another run or cannot be written to.
-    """
-    if args.resume == "auto":
-        folder = Path(args.save_path) if args.save_path else RUNS / default_name
-        found = folder / f"checkpoint.{arch}.pth.tar"
-        args.resume = str(found) if found.is_file() and not changed_settings(args, checkpoints.read(found)) else None
-        if args.resume is None and args.evaluate:
-            raise UserError(f"--resume auto finds no checkpoint of this run in '{folder}'; name the file")
-    if not args.resume:
-        return new_run_path(args.save_path, default_name), None
-    checkpoint = checkpoints.read(args.resume)
-    saved_arch = checkpoint.get("arch", arch)
-    if saved_arch != arch:
-        raise UserError(f"'{args.resume}' is a checkpoint of {saved_arch}, not of {arch}; use --arch {saved_arch}")
-    if args.evaluate:
-        return None, checkpoint
-    if args.recipe == "finetune":
-        return new_run_path(args.save_path, default_name), checkpoint
-    for change in changed_settings(args, checkpoint):
-        print(f"note: other than in '{args.resume}': {change}")
-    own = Path(args.resume).parent
-    if "settings" not in checkpoint or (args.save_path and Path(args.save_path).resolve() != own.resolve()):
-        # Files of others stay alone in their folder.
-        return new_run_path(args.save_path, default_name), checkpoint
-    check_writable(own)
-    latest = own / f"checkpoint.{arch}.pth.tar"
-    if (
-        latest.is_file()
-        and not latest.samefile(args.resume)
-        and checkpoints.read(latest)["epoch"] > checkpoint["epoch"]
-    ):
-        raise UserError(f"'{latest}' is further on than '{args.resume}'; resume it, or choose another --save_path")
-    return own, checkpoint
-
-
-def changed_settings(args: argparse.Namespace, checkpoint: dict) -> list[str]:
-    """Settings that differ from those a checkpoint was written with, "lr 0.01 -> 0.1"; files of others have none."""
-    saved = checkpoint.get("settings", {})
-    return [f"{n} {saved[n]} -> {getattr(args, n)}" for n in SAME_RUN if n in saved and saved[n] != getattr(args, n)]
+    """Whether a folder has a log, results or a checkpoint."""
+    if not path.is_dir():
+        return False
+    names = os.listdir(path)
+    return "results.json" in names or any(n.startswith("log_seed_") or n.endswith(".pth.tar") for n in names)
 
 
 def new_run_path(save_path: str | None, default_name: str) -> Path:

@@ -6,14 +6,15 @@ a machine without a GPU, a run that continues where it was interrupted, and the 
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 
-import torch
-
 import cifar10_resnet_test as script
 import data
+from utils.device import choose_device
 from utils.errors import UserError, run_main
 from utils.recipes import RECIPES
 from utils.run_folder import RUNS
@@ -31,25 +32,44 @@ DISTILLATION_OPTIONS = {
     "kd_T": 1,
     "share_classifier": 0,
 }
+# Options of the student that its teacher does not share.
+STUDENT_OPTIONS = {
+    "recipe": 1,
+    "batch_size": 1,
+    "k": 1,
+    "HTrate": 1,
+    "prune_rate": 1,
+    "v": 1,
+    "save_path": 1,
+    "head_width": 1,
+}
 
 
 def main() -> None:
-    recipe, flags = "prune", sys.argv[1:]
-    if flags and not flags[0].startswith("-"):
-        recipe, *flags = flags
-        if recipe not in RECIPES:
-            raise UserError(f"unknown recipe '{recipe}'; choose from {', '.join(RECIPES)}")
+    parser = script.parser()
+    flags = parser.canonical(sys.argv[1:])
+    recipe = flags.pop(0) if flags and not flags[0].startswith("-") else None
+    if recipe is not None and recipe not in RECIPES:
+        raise UserError(f"unknown recipe '{recipe}'; choose from {', '.join(RECIPES)}")
     if "-h" in flags or "--help" in flags:
-        script.parse_args(["--help"])
-    flags += ["--recipe", recipe]
-    distils = recipe in ("distill", "prune_distill")
+        parser.parse_args(["--help"])
+    if recipe is None and not has(flags, "recipe"):
+        recipe = "prune"
+    if recipe is not None:
+        flags = [*without(flags, {"recipe": 1}), "--recipe", recipe]
+    args, _ = parser.parse_given(flags)
+    distils = args.recipe in ("distill", "prune_distill")
+    if distils and (args.resume or args.evaluate):
+        raise UserError(
+            f"{args.recipe} makes several runs here, which continue by themselves when the command is repeated; leave out --resume and --evaluate"
+        )
     if distils:
         flags += [] if has(flags, "arch") else ["--arch", TEACHER]
         flags += [] if has(flags, "arch_small") else ["--arch_small", STUDENT]
-    flags += choose_data(flags)
-    flags += short_run(flags)
+    flags += choose_data(parser.parse_args(flags), flags)
+    flags += short_run(parser.parse_args(flags), flags)
     if distils:
-        distil_and_compare(recipe, flags)
+        distil_and_compare(flags)
     else:
         run(flags)
 
@@ -58,27 +78,23 @@ def run(flags: list[str]) -> Path | None:
     """Runs the script and returns the run's folder; an interrupted run with the same settings is continued."""
     if not has(flags, "resume"):
         flags = [*flags, "--resume", "auto"]
-    print(f"== python cifar10_resnet_test.py {' '.join(flags)}", flush=True)
+    print(f"== python cifar10_resnet_test.py {shlex.join(flags)}", flush=True)
     return script.main(flags)
 
 
-def distil_and_compare(recipe: str, flags: list[str]) -> None:
+def distil_and_compare(flags: list[str]) -> None:
     """The teacher (one that is there is used again), the student with it, and the same student without it."""
+    if not has(flags, "teacher"):
+        flags = [*flags, "--teacher", str(find_teacher(flags) or train_teacher(flags))]
     args = script.parse_args(flags)
-    if not args.teacher:
-        flags += ["--teacher", str(find_teacher(args.dataset, args.arch) or train_teacher(args, flags))]
-    with_teacher = run(in_subfolder(flags, "with_teacher"))
-    plain = in_subfolder(
-        without(
-            flags, {**DISTILLATION_OPTIONS, "recipe": 1, "epochs": 1, "schedule": "+", "gammas": "+", "fit_schedule": 0}
-        ),
-        "without_teacher",
-    )
+    with_teacher = run(in_subfolder(flags, args.save_path, "with_teacher"))
+    length = {"recipe": 1, "epochs": 1, "schedule": "+", "gammas": "+", "fit_schedule": 0}
+    plain = in_subfolder(without(flags, DISTILLATION_OPTIONS | length), args.save_path, "without_teacher")
     plain += [
         "--arch",
         args.student,
         "--recipe",
-        "prune" if recipe == "prune_distill" else "baseline",
+        "prune" if args.recipe == "prune_distill" else "baseline",
         "--epochs",
         str(args.epochs),
     ]
@@ -94,50 +110,51 @@ def distil_and_compare(recipe: str, flags: list[str]) -> None:
         )
 
 
-def find_teacher(dataset: str, arch: str) -> Path | None:
-    """The best finished baseline of runs/ for a data set, or None."""
+def teacher_flags(flags: list[str]) -> list[str]:
+    """The command line of the teacher's own run."""
+    arch = script.parser().parse_args(flags).arch
+    return [*without(flags, DISTILLATION_OPTIONS | STUDENT_OPTIONS), "--arch", arch, "--recipe", "baseline"]
+
+
+def find_teacher(flags: list[str]) -> Path | None:
+    """The best baseline in runs/ on the same data that was trained as long or longer, or None."""
+    wanted = script.parse_args(teacher_flags(flags))
     found = []
-    for file in RUNS.glob(f"baseline-{dataset}-{arch}-seed*/results.json"):
-        results = json.loads(file.read_text())
-        checkpoint = file.with_name(f"checkpoint.{arch}.pth.tar")
-        if results["finished"] and checkpoint.is_file():
-            found.append((results["last_epoch_accuracy"], checkpoint))
-    return max(found)[1] if found else None
+    for file in RUNS.glob(f"baseline-{wanted.dataset}-{wanted.arch}-*/results.json"):
+        checkpoint = file.with_name(f"checkpoint.{wanted.arch}.pth.tar")
+        try:
+            results = json.loads(file.read_text())
+            fits = (
+                results["finished"]
+                and results["settings"]["data_path"] == wanted.data_path
+                and results["epochs_done"] >= wanted.epochs
+            )
+            if fits and checkpoint.is_file():
+                found.append((results["last_epoch_accuracy"], results["epochs_done"], checkpoint))
+        except (ValueError, KeyError, TypeError):
+            print(f"note: '{file}' is damaged and passed over")
+    if not found:
+        return None
+    accuracy, epochs, checkpoint = max(found)
+    print(f"== teacher: {checkpoint}, {accuracy:.2f} % after {epochs} epochs, is there already", flush=True)
+    return checkpoint
 
 
-def train_teacher(args, flags: list[str]) -> Path:
-    print(f"== no trained {args.arch} on {args.dataset} in {RUNS}/: training the teacher first", flush=True)
-    keep = without(
-        flags,
-        {
-            **DISTILLATION_OPTIONS,
-            "recipe": 1,
-            "batch_size": 1,
-            "k": 1,
-            "HTrate": 1,
-            "prune_rate": 1,
-            "v": 1,
-            "save_path": 1,
-        },
-    )
-    folder = run([*keep, "--arch", args.arch, "--recipe", "baseline"])
-    return folder / f"checkpoint.{args.arch}.pth.tar"
+def train_teacher(flags: list[str]) -> Path:
+    own = teacher_flags(flags)
+    arch = script.parse_args(own).arch
+    print(f"== no trained {arch} for this data in {RUNS}/: training the teacher first", flush=True)
+    return run(own) / f"checkpoint.{arch}.pth.tar"
 
 
-def in_subfolder(flags: list[str], name: str) -> list[str]:
+def in_subfolder(flags: list[str], save_path: str | None, name: str) -> list[str]:
     """The flags with --save_path, where there is one, moved to a subfolder: these recipes make several runs."""
-    args = script.parse_args(flags)
-    return (
-        [*without(flags, {"save_path": 1}), "--save_path", str(Path(args.save_path) / name)]
-        if args.save_path
-        else flags
-    )
+    return [*without(flags, {"save_path": 1}), "--save_path", str(Path(save_path) / name)] if save_path else flags
 
 
-def choose_data(flags: list[str]) -> list[str]:
+def choose_data(args: argparse.Namespace, flags: list[str]) -> list[str]:
     """`--dataset synthetic` where nothing was said of data, none is found and none can be downloaded; else nothing."""
-    args = script.parse_args(flags)
-    if args.dataset not in ("cifar10", "cifar100"):
+    if args.dataset not in ("cifar10", "cifar100") or has(flags, "resume"):
         return []
     try:
         data.find_or_download(args.dataset, args.data_path)
@@ -153,18 +170,18 @@ def choose_data(flags: list[str]) -> list[str]:
     return []
 
 
-def short_run(flags: list[str]) -> list[str]:
+def short_run(args: argparse.Namespace, flags: list[str]) -> list[str]:
     """Flags that shorten the run on a machine without a GPU, where the command line leaves its length open."""
-    if torch.cuda.is_available() or has(flags, "epochs") or has(flags, "evaluate") or has(flags, "resume"):
+    if choose_device(args.ngpu).type != "cpu" or args.epochs or args.evaluate or args.resume:
         return []
-    args = script.parse_args(flags)
     minutes = 3 if args.dataset == "synthetic" else 15
+    full = RECIPES[args.recipe]["epochs"]
     print(
-        f"note: NO GPU, SO THIS IS A SHORT RUN: {SHORT_EPOCHS} epochs, about {minutes} minutes for ResNet-20 on 2 CPU cores; "
-        f"the full recipe takes {args.epochs} epochs, to get it add --epochs {args.epochs}",
+        f"note: NO GPU, SO THIS IS A SHORT RUN: {SHORT_EPOCHS} epochs, about {minutes} minutes per run of ResNet-20 on 2 CPU cores; "
+        f"the full recipe takes {full} epochs, to get it add --epochs {full}",
         flush=True,
     )
-    return ["--epochs", str(SHORT_EPOCHS), *([] if has(flags, "schedule") else ["--fit_schedule"])]
+    return ["--epochs", str(SHORT_EPOCHS), *([] if args.schedule else ["--fit_schedule"])]
 
 
 def option_name(flag: str) -> str | None:

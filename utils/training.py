@@ -37,7 +37,7 @@ class Training:
         plan: filters to keep per convolution.
         history: a row of metrics per epoch of this run.
         epochs_done: epochs behind the network, more than the history where it came from a file of others.
-        best: best test accuracy so far, in %.
+        best: best test accuracy of this run so far, in %; -1 before the first epoch.
         facts: further entries for results.json.
     """
 
@@ -55,7 +55,7 @@ class Training:
     data_source: str
     history: list[dict] = field(default_factory=list)
     epochs_done: int = 0
-    best: float = 0.0
+    best: float = -1.0
     facts: dict = field(default_factory=dict)
 
     @property
@@ -67,8 +67,8 @@ class Training:
     def thresholds(self) -> bool:
         return isinstance(self.optimizer, AHSG_HT) and self.args.HTrate < 1
 
-    def train(self) -> dict:
-        """Runs the epochs that are left and returns what it wrote to results.json."""
+    def train(self) -> dict | None:
+        """Runs the epochs that are left and returns what it wrote to results.json; None when no epoch was ever run here."""
         args, history = self.args, self.history
         last_drawn, begin, begin_epoch = time.monotonic(), time.monotonic(), self.epochs_done
         for epoch in range(begin_epoch, args.epochs):
@@ -79,7 +79,7 @@ class Training:
             need = (time.monotonic() - begin) / done * (args.epochs - epoch) if done else 0
             self.run.log(
                 f"\n==>>[{time.strftime('%Y-%m-%d-%H:%M:%S')}] [Epoch={epoch:03d}/{args.epochs:03d}] [Need: {format_seconds(need)}] "
-                f"[learning_rate={lr:6.4f}] [Best : Accuracy={self.best:.2f}, Error={100 - self.best:.2f}]"
+                f"[learning_rate={lr:6.4f}] [Best : Accuracy={max(self.best, 0):.2f}, Error={100 - max(self.best, 0):.2f}]"
             )
             self.train_loader.set_epoch(epoch)
             with EpochProgress(self.run, epoch, args.epochs, len(self.train_loader), args.print_freq) as progress:
@@ -116,12 +116,19 @@ class Training:
             is_best = tested.top1 > self.best
             self.best = max(self.best, tested.top1)
             self.run.save_checkpoint(self.checkpoint(), is_best)
-            self.run.write_metrics(history)
-            results = self.results(kept)
-            self.run.write_results(results)
-            if results["finished"] or time.monotonic() - last_drawn > DRAW_SECONDS:
-                draw_curves(history, self.title(), self.run.path / "curves.png")
-                last_drawn = time.monotonic()
+            if self.epochs_done < args.epochs:
+                self.write_results(kept, curves=time.monotonic() - last_drawn > DRAW_SECONDS)
+                last_drawn = time.monotonic() if time.monotonic() - last_drawn > DRAW_SECONDS else last_drawn
+        # Also when no epoch was left: the run may have been killed between its last checkpoint and its results.
+        return self.write_results(kept_filters(self.net), curves=True) if history else None
+
+    def write_results(self, kept: dict[str, list[int]], *, curves: bool) -> dict:
+        """Writes metrics.csv, results.json and, on demand, curves.png; returns the results."""
+        results = self.results(kept)
+        self.run.write_metrics(self.history)
+        self.run.write_results(results)
+        if curves:
+            draw_curves(self.history, self.title(), self.run.path / "curves.png")
         return results
 
     def title(self) -> str:
@@ -146,8 +153,8 @@ class Training:
             **({"adapters": self.adapters.state_dict()} if self.adapters is not None else {}),
         }
 
-    def restore(self, checkpoint: dict, path: str) -> None:
-        """Continues a run from its checkpoint: weights, optimizer, random states, metrics so far.
+    def restore(self, checkpoint: dict, path: str, *, continues: bool) -> None:
+        """Takes weights and momentum from a checkpoint; a run that `continues` also epochs, metrics, loader and random states.
 
         Raises:
             UserError: weights or optimizer are of another network.
@@ -161,12 +168,13 @@ class Training:
             checkpoints.load_weights(self.adapters, checkpoint["adapters"], path)
         if "optimizer" in checkpoint:
             restore_optimizer(self.optimizer, checkpoint["optimizer"], path)
-        if self.args.recipe == "finetune":
+        if not continues:
             return
-        self.history.extend(checkpoint.get("history", []))
-        self.epochs_done = int(checkpoint.get("epoch", 0))
-        self.best = float(checkpoint.get("best_prec1", 0.0))
-        if "random_states" in checkpoint:
+        self.epochs_done = checkpoint.get("epoch", 0)
+        if "settings" in checkpoint:
+            self.history.extend(checkpoint["history"])
+            self.best = checkpoint["best_prec1"]
+            self.train_loader.load_state_dict(checkpoint["loader"])
             checkpoints.restore_random_states(checkpoint["random_states"])
 
     def results(self, kept: dict[str, list[int]]) -> dict:
@@ -183,6 +191,7 @@ class Training:
             "num_classes": self.num_classes,
             "seed": self.args.manualSeed,
             "epochs_done": self.epochs_done,
+            "epochs_run_here": len(rows),
             "last_epoch_accuracy": rows[-1]["test_acc"],
             "best_epoch_accuracy": best["test_acc"],
             "best_epoch": best["epoch"],
@@ -217,7 +226,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str) 
     try:
         optimizer.load_state_dict(saved)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the optimizer saved in '{path}' does not fit this network ({error})") from None
+        raise UserError(
+            f"the optimizer saved in '{path}' does not fit this run ({error}); a distilled run with adapters needs its --teacher"
+        ) from None
     for group, own in zip(optimizer.param_groups, options, strict=True):
         params = group["params"]
         group.clear()
@@ -232,7 +243,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str) 
 
 def _prev_data_in_state(saved: dict) -> dict:
     """AHSG-HT's release kept prev_data as a list in each parameter group; here it is per-parameter state."""
-    groups, state = [], {key: dict(value) for key, value in saved.get("state", {}).items()}
+    groups, state = [], {key: dict(value) for key, value in saved.get("state", {}).items() if isinstance(value, dict)}
     for group in saved.get("param_groups", []):
         group = dict(group)
         for key, prev in zip(group.get("params", []), group.pop("prev_data", []), strict=False):
