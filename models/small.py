@@ -1,0 +1,62 @@
+"""Small networks rebuilt from a file: a network of the original's class whose layers take the widths of the weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.resnet_cifar import BasicBlock
+
+
+def set_sizes(module: nn.Module) -> None:
+    """Makes the numbers of channels that a layer states those of its weights: what it checks inputs against, and prints."""
+    if hasattr(module, "out_features"):
+        module.out_features, module.in_features = module.weight.shape
+    elif hasattr(module, "num_features"):
+        sizes = [value for value in (module.weight, module.running_mean) if value is not None]
+        module.num_features = len(sizes[0]) if sizes else module.num_features
+    else:
+        depthwise = module.groups > 1 and module.weight.shape[1] == 1
+        module.out_channels = len(module.weight)
+        module.groups = module.out_channels if depthwise else module.groups
+        module.in_channels = module.weight.shape[1] * module.groups
+
+
+@torch.no_grad()
+def narrow_like(net: nn.Module, state_dict: dict[str, Tensor], pads: dict[str, int] | None = None) -> nn.Module:
+    """Gives the layers of a network the shapes of a small network's weights, so that load_state_dict takes them. In place.
+
+    Args:
+        net: of the class that the small network was made from; layers that fit already are not touched.
+        state_dict: the small network's. Weights that are no narrowing of the network's are left for load_state_dict to complain of.
+        pads: {name of an OptionA shortcut: its new channels}, as make_small reports them; those of the project's own blocks are
+            found by themselves.
+
+    Returns:
+        `net`; its narrowed layers hold no meaningful weights yet.
+    """
+    for name, module in net.named_modules():
+        prefix = f"{name}." if name else ""
+        own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+        wanted = {key: state_dict[prefix + key] for key in own if prefix + key in state_dict}
+        changed = {key: value for key, value in wanted.items() if value.shape != own[key].shape}
+        narrower = all(
+            value.dim() == own[key].dim() and all(0 < a <= b for a, b in zip(value.shape, own[key].shape, strict=True))
+            for key, value in changed.items()
+        )
+        if (
+            not changed
+            or not narrower
+            or not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm))
+        ):
+            continue
+        for key, value in changed.items():
+            fresh = torch.zeros_like(value, dtype=own[key].dtype, device=own[key].device)
+            setattr(module, key, nn.Parameter(fresh) if isinstance(own[key], nn.Parameter) else fresh)
+        set_sizes(module)
+    for block in net.modules():
+        if isinstance(block, BasicBlock) and hasattr(block.shortcut, "new_channels"):
+            block.shortcut.new_channels = block.conv_b.out_channels - block.conv_a.in_channels
+    for name, new_channels in (pads or {}).items():
+        net.get_submodule(name).new_channels = new_channels
+    return net
