@@ -169,7 +169,9 @@ def main(argv: list[str] | None = None) -> Path | None:
                 f"'{args.resume}' tells {options['num_classes']} classes apart, the data has {num_classes}; "
                 "choose the --dataset it was trained on"
             )
-    net = models.build(args.student, **options).to(device, memory_format=torch.channels_last)
+    # A checkpoint may be of a small network, narrower than its name says.
+    net = models.build_like(checkpoint, args.student, args.resume) if checkpoint else models.build(args.student, **options)
+    net.to(device, memory_format=torch.channels_last)
     plan = make_plan(net, args.HTrate)
     train_loader, test_loader = build_loaders(images, args, device)
     if args.evaluate:

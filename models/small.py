@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.resnet_cifar import BasicBlock
+from utils.errors import UserError
 
 
 def set_sizes(module: nn.Module) -> None:
@@ -60,3 +61,49 @@ def narrow_like(net: nn.Module, state_dict: dict[str, Tensor], pads: dict[str, i
     for name, new_channels in (pads or {}).items():
         net.get_submodule(name).new_channels = new_channels
     return net
+
+
+def pack(net: nn.Module, arch: str, num_classes: int, input_shape: tuple[int, ...], **facts) -> dict:
+    """The content of a small network's file, for utils.checkpoint.write; models.load makes the network of it again.
+
+    Args:
+        net: the small network.
+        arch: name of the network that it was made from, of this project's registry or of torchvision.models.
+        num_classes: width of its output.
+        input_shape: (C, H, W) of the images it is for.
+        facts: further plain entries, `kept` above all.
+    """
+    state = net.state_dict()
+    flat = {dtype: [] for dtype in {value.dtype for value in state.values()}}
+    for value in state.values():
+        flat[value.dtype].append(value.detach().cpu().flatten())
+    # One storage per dtype: a hundred small ones would cost more than 5 % in a file of half a megabyte.
+    storages = {dtype: torch.cat(values) for dtype, values in flat.items()}
+    begins, weights = dict.fromkeys(flat, 0), {}
+    for name, value in state.items():
+        begin = begins[value.dtype]
+        begins[value.dtype] += value.numel()
+        weights[name] = storages[value.dtype][begin : begins[value.dtype]].view(value.shape)
+    return {
+        "small": True,
+        "arch": arch,
+        "num_classes": num_classes,
+        "input_shape": list(input_shape),
+        "widths": {name: list(value.shape[:2]) for name, value in state.items() if value.dim() > 1},
+        **facts,
+        "state_dict": weights,
+    }
+
+
+@torch.no_grad()
+def check_narrowed(net: nn.Module, input_shape: tuple[int, ...], path: object) -> None:
+    """Raises UserError when the widths of a file's layers do not fit each other."""
+    was_training = net.training
+    try:
+        net.eval()(torch.zeros(1, *input_shape, device=next(net.parameters()).device))
+    except RuntimeError as error:
+        raise UserError(
+            f"the layers in '{path}' do not fit each other ({str(error).splitlines()[0]}); use an intact file"
+        ) from None
+    finally:
+        net.train(was_training)
