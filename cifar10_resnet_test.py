@@ -170,7 +170,11 @@ def main(argv: list[str] | None = None) -> Path | None:
                 "choose the --dataset it was trained on"
             )
     # A checkpoint may be of a small network, narrower than its name says.
-    net = models.build_like(checkpoint, args.student, args.resume) if checkpoint else models.build(args.student, **options)
+    net = (
+        models.build_like(checkpoint, args.student, args.resume)
+        if checkpoint
+        else models.build(args.student, **options)
+    )
     net.to(device, memory_format=torch.channels_last)
     plan = make_plan(net, args.HTrate)
     train_loader, test_loader = build_loaders(images, args, device)

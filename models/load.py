@@ -59,8 +59,9 @@ def build_like(checkpoint: dict, arch: str, path: str | os.PathLike) -> nn.Modul
         UserError: no such network, or layers that do not fit each other.
     """
     weights = checkpoint["state_dict"]
-    if checkpoint.get("library") == "torchvision":
-        net = build_torchvision(arch, int(checkpoint["num_classes"]))
+    if checkpoint.get("library") == "torchvision" or arch not in REGISTRY:
+        heads = [value for value in weights.values() if value.dim() == 2]
+        net = build_torchvision(arch, checkpoint.get("num_classes") or len(heads[-1] if heads else ()))
     else:
         net = build(arch, **infer_options(arch, weights))
     full = {name: value.shape for name, value in net.state_dict().items()}

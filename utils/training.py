@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,10 +17,12 @@ from utils.curves import draw_curves
 from utils.device import describe_machine, describe_versions
 from utils.engine import PassResult, evaluate, train_epoch
 from utils.errors import UserError
+from utils.get_small_model import table, write_small
 from utils.plan import Layer, check_plan, count_zero_filters, kept_filters
 from utils.progress import EpochProgress, format_seconds
 from utils.recipes import learning_rate_at
 from utils.run_folder import RunFolder
+from utils.small_network import make_small
 
 # Seconds between two drawings of the curves while a run is under way.
 DRAW_SECONDS = 60
@@ -119,6 +122,9 @@ class Training:
             self.run.write_metrics(history)
             results = self.results(kept)
             self.run.write_results(results)
+            if results["finished"] and self.thresholds:
+                results["small"] = self.write_small()
+                self.run.write_results(results)
             if results["finished"] or time.monotonic() - last_drawn > DRAW_SECONDS:
                 draw_curves(history, self.title(), self.run.path / "curves.png")
                 last_drawn = time.monotonic()
@@ -168,6 +174,28 @@ class Training:
         self.best = float(checkpoint.get("best_prec1", 0.0))
         if "random_states" in checkpoint:
             checkpoints.restore_random_states(checkpoint["random_states"])
+
+    def write_small(self) -> dict:
+        """Cuts the zeroed filters out and writes small.<arch>.pth.tar; what results.json says of it."""
+        images = next(iter(self.test_loader))[0].cpu().contiguous()
+        masked = copy.deepcopy(self.net).cpu().eval()
+        try:
+            small, report = make_small(masked, images[:1], images)
+            path, facts = write_small(
+                masked,
+                small,
+                report,
+                self.arch,
+                tuple(images.shape[1:]),
+                self.run.path,
+                checkpoint={"dataset": self.args.dataset},
+            )
+        except UserError as error:
+            # The trained network is safe in its checkpoint; a run that is done does not fail here.
+            self.run.log(f"no small network was written: {error}")
+            return {"error": str(error)}
+        self.run.log(f"\nsmall network {path}\n{table(self.arch, facts, report)}")
+        return facts
 
     def results(self, kept: dict[str, list[int]]) -> dict:
         """The content of results.json."""
