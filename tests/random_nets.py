@@ -17,11 +17,13 @@ class RandomNet(nn.Module):
     """A chain of blocks, a head, and a label per channel of everything that a convolution or linear layer reads or makes.
 
     Channels that are added have the same label, written down while the network is built: an account of the couplings that owes nothing to
-    the analysis under test. `links` holds (label before, label after) of every channel that passes an option-A shortcut.
+    the analysis under test. With `leaky` no activation makes zeros of anything but zeros, so that what is zero in a few hundred images is zero
+    in all. `links` holds (label before, label after) of every channel that passes an option-A shortcut.
     """
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, leaky: bool = False):
         super().__init__()
+        self.leaky = leaky
         self.rng = random.Random(seed)
         torch.manual_seed(seed)
         self.blocks = nn.ModuleList()
@@ -64,7 +66,8 @@ class RandomNet(nn.Module):
         return layer
 
     def act(self) -> nn.Module:
-        return self.rng.choice([nn.ReLU(inplace=True), nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.1), nn.Hardswish()])
+        kinds = [nn.ReLU(inplace=True), nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.1), nn.Hardswish()]
+        return nn.LeakyReLU(0.1) if self.leaky else self.rng.choice(kinds)
 
     def add(self, kind: str, labels: list[int]) -> list[int]:
         """Appends a block; returns the labels of its result."""
@@ -106,26 +109,27 @@ class RandomNet(nn.Module):
         return made
 
     def forward(self, x: Tensor) -> Tensor:
+        relu = F.leaky_relu if self.leaky else F.relu
         for kind, b in zip(self.kinds, self.blocks, strict=True):
             if kind in ("plain", "cat"):
                 y = b["act"](b["bn"](b["conv"](x)))
                 x = torch.cat([x, y], dim=1) if kind == "cat" else y
             elif kind == "depthwise":
-                x = torch.relu(b["bn"](b["conv"](x)))
+                x = relu(b["bn"](b["conv"](x)))
             elif kind == "max":
                 x = F.max_pool2d(x, 2)
             elif kind == "average":
                 x = F.avg_pool2d(x, 2)
             elif kind == "gate":
-                x = x * torch.sigmoid(b["conv_b"](F.relu(b["conv_a"](x.mean((2, 3), keepdim=True)))))
+                x = x * torch.sigmoid(b["conv_b"](relu(b["conv_a"](x.mean((2, 3), keepdim=True)))))
             else:
-                y = F.relu(b["bn_a"](b["conv_a"](x)))
-                y = F.relu(b["conv_m"](y)) if "conv_m" in b else y
+                y = relu(b["bn_a"](b["conv_a"](x)))
+                y = relu(b["conv_m"](y)) if "conv_m" in b else y
                 y = b["bn_b"](b["conv_b"](y))
                 short = b["shortcut"](x) if "shortcut" in b else x
                 x = b["act"](y + (b["bn_s"](short) if "bn_s" in b else short))
         x = x.flatten(1) if self.flat else F.adaptive_avg_pool2d(x, 1).view(x.size(0), -1)
-        return self.head(F.relu(self.hidden(x)) if self.hidden else x)
+        return self.head(relu(self.hidden(x)) if self.hidden else x)
 
 
 @torch.no_grad()
@@ -165,22 +169,31 @@ def zero_filters(net: RandomNet, *, constants: bool) -> None:
 
 
 @torch.no_grad()
-def needed_labels(net: RandomNet, images: Tensor) -> set[int]:
-    """Labels that some layer finds to be other than zero in `images`, and those linked to them. Of a network without constants."""
-    found: set[int] = set(net.input_labels)
-    hooks = []
-    for module, labels in net.reads.items():
+def needed_labels(net: RandomNet, images: Tensor) -> set[int] | None:
+    """Labels of which a layer that is itself needed reads something other than zero in `images`, and those linked to them.
 
-        def hook(module, inputs, labels=labels):
-            seen = inputs[0].abs().transpose(0, 1).flatten(1).amax(dim=1) > 0
-            read = (module.weight != 0).transpose(0, 1).flatten(1).any(dim=1)
-            found.update(label for label, s in zip(labels, (seen & read).tolist(), strict=True) if s)
-
-        hooks.append(module.register_forward_pre_hook(hook))
+    None where a layer reads a constant other than zero: which of those can go is another question.
+    """
+    seen: dict[nn.Module, Tensor] = {}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda module, inputs: seen.update({module: inputs[0].transpose(0, 1).flatten(1)})
+        )
+        for module in net.reads
+    ]
     net.eval()(images)
     for h in hooks:
         h.remove()
-    for before, after in net.links:
-        if before in found:
-            found.add(after)
-    return found | set(net.makes[net.head])
+    constant = [((x == x[:, :1]).all(dim=1) & (x[:, 0] != 0)).any() for x in seen.values()]
+    if any(constant):
+        return None
+    needed = net.input_labels | set(net.makes[net.head])
+    while True:
+        before = len(needed)
+        for module, labels in net.reads.items():
+            rows = torch.tensor([label in needed for label in net.makes[module]])
+            read = (module.weight[rows] != 0).transpose(0, 1).flatten(1).any(dim=1) & (seen[module] != 0).any(dim=1)
+            needed.update(label for label, r in zip(labels, read.tolist(), strict=True) if r)
+        needed.update(after for first, after in net.links if first in needed)
+        if len(needed) == before:
+            return needed

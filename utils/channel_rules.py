@@ -213,7 +213,7 @@ def _pad(channels: Channels, node: fx.Node, module: None) -> Value:
     before, after = channels.new(front), channels.new(back)
     for ids in (before, after):
         if ids:
-            channels.pin(ids, f"{layer_name(node)} adds a fixed number of channels")
+            channels.pin(ids, node, f"{layer_name(node)} adds a fixed number of channels")
     ids = before + source.ids + after
     if front or back:
         channels.joins.append((ids, [before, source.ids, after]))

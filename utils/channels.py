@@ -17,6 +17,8 @@ from torch import Tensor, fx, nn
 from utils.channel_rules import IN_PLACE, RULES, Pad, Reader, Unknown, Value, known_module
 from utils.trace import ROOT, layer_name
 
+# Reasons that go without saying.
+INPUT, OUTPUT = "input", "output"
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
@@ -31,7 +33,8 @@ class Channels:
     Attributes:
         values: by node.
         layers: (node, module, ids read, ids made) of every call of a module that is narrowed with its channels.
-        pinned: {class: why it must stay}; see `pin`.
+        joins: (ids of a concatenation, ids of its parts).
+        pinned: (ids that must stay, in their order; the layer that wants it; why).
         tie_pads: True keeps a stage's channels in their original order: an option-A shortcut then couples its channels to those it is added to.
     """
 
@@ -42,7 +45,7 @@ class Channels:
     pads: list[Pad] = field(default_factory=list)
     layers: list[tuple[fx.Node, nn.Module, list[int], list[int]]] = field(default_factory=list)
     joins: list[tuple[list[int], list[list[int]]]] = field(default_factory=list)
-    pinned_ids: list[tuple[list[int], str]] = field(default_factory=list)
+    pinned: list[tuple[list[int], str, str]] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
 
     # -- building blocks for the rules --
@@ -65,9 +68,9 @@ class Channels:
             if a != b:
                 self.parents[max(a, b)] = min(a, b)
 
-    def pin(self, ids: list[int], reason: str) -> None:
+    def pin(self, ids: list[int], node: fx.Node, reason: str) -> None:
         """These channels stay, all of them, in their order."""
-        self.pinned_ids.append((ids, reason))
+        self.pinned.append((ids, layer_name(node), reason))
 
     # -- answers --
 
@@ -79,7 +82,7 @@ class Channels:
         """bool per id: whether its class is needed. A class is looked up at its root."""
         keep = torch.zeros(len(self.parents), dtype=torch.bool)
         roots = self.is_root_of()
-        for ids, _ in self.pinned_ids:
+        for ids, _, _ in self.pinned:
             keep[roots[ids]] = True
         return self.close(keep)
 
@@ -125,9 +128,9 @@ class Channels:
             arriving = self.order(pad.source.ids, keep, rank)
             if self.order(pad.ids, keep, rank)[: len(arriving)] != arriving:
                 raise Orderless(layer_name(pad.node))
-        for ids, reason in self.pinned_ids:
+        for ids, layer, _ in self.pinned:
             if self.order(ids, keep, rank) != list(range(len(ids))):
-                raise Orderless(reason)
+                raise Orderless(layer)
         for ids, parts in self.joins:
             begin, expected = 0, []
             for part in parts:
@@ -156,11 +159,11 @@ def analyse(graph: fx.GraphModule, tie_pads: bool = False) -> Channels:
         if node.op == "output":
             for source in node.all_input_nodes:
                 if source in channels.values:
-                    channels.pin(channels.values[source].ids, "output")
+                    channels.pin(channels.values[source].ids, node, OUTPUT)
             continue
         try:
             if node.op == "placeholder":
-                raise Unknown("input")
+                raise Unknown(INPUT)
             if node.op == "call_module":
                 module = graph.get_submodule(node.target)
             if module in frozen:
@@ -196,11 +199,11 @@ def analyse(graph: fx.GraphModule, tie_pads: bool = False) -> Channels:
 def _keep_whole(channels: Channels, node: fx.Node, shape: tuple | None, reason: str) -> Value | None:
     for source in node.all_input_nodes:
         if source in channels.values:
-            channels.pin(channels.values[source].ids, reason)
+            channels.pin(channels.values[source].ids, node, reason)
     if shape is None or len(shape) < 2:
         return None
     ids = channels.new(shape[1])
-    channels.pin(ids, reason)
+    channels.pin(ids, node, reason)
     return Value(ids, torch.full((shape[1],), torch.nan, dtype=torch.float64))
 
 

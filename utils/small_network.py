@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.small import set_sizes
 from utils.channel_rules import Reader
-from utils.channels import Channels, Orderless, analyse
+from utils.channels import INPUT, OUTPUT, Channels, Orderless, analyse
 from utils.errors import UserError
 from utils.trace import ROOT, layer_name, run, trace
 
@@ -170,9 +170,9 @@ def describe(channels: Channels, keep: Tensor, rank: dict[int, int], report: Rep
     """Fills in what is kept per layer, and why more than could be removed."""
     roots = channels.is_root_of()
     why = {}
-    for ids, reason in channels.pinned_ids:
-        if reason not in ("output", "input"):
-            why.update(dict.fromkeys(roots[ids].tolist(), reason))
+    pinned = [(ids, layer, reason) for ids, layer, reason in channels.pinned if reason not in (INPUT, OUTPUT)]
+    for ids, _, reason in pinned:
+        why.update(dict.fromkeys(roots[ids].tolist(), reason))
     for reader in channels.readers:
         name = _name(reader.node)
         prefix = f"{name}." if name else ""
@@ -181,9 +181,10 @@ def describe(channels: Channels, keep: Tensor, rank: dict[int, int], report: Rep
         reasons = [why[r] for r in roots[reader.ids].tolist() if r in why]
         if reasons:
             report.whole[name] = reasons[0]
-    for _, reason in channels.pinned_ids:
-        if reason not in ("output", "input") and not any(reason == r for r in report.whole.values()):
-            report.whole.setdefault(reason.split(":")[0].split(" ")[0], reason)
+    said = set(report.whole.values())
+    for _, layer, reason in pinned:
+        if reason not in said:
+            report.whole.setdefault(layer, reason)
     for pad in channels.pads:
         kept = channels.order(pad.ids, keep, rank)
         report.pads[_name(pad.node)] = len(kept) - len(channels.order(pad.source.ids, keep, rank))

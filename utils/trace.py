@@ -38,9 +38,12 @@ class _Tracer(fx.Tracer):
             raise
 
     def call_module(self, module: nn.Module, forward, args: tuple, kwargs: dict) -> Any:
+        stack = dict(self.module_stack)
         try:
             return super().call_module(module, forward, args, kwargs)
         except Exception:  # whatever a module's Python does with a value that is not there yet
+            self.module_stack.clear()
+            self.module_stack.update(stack)
             # It becomes one opaque operation; what was traced of it stays in the graph and only makes the analysis more careful.
             return self.create_proxy("call_module", self.path_of_module(module), args, kwargs)
 

@@ -42,6 +42,7 @@ class Training:
         epochs_done: epochs behind the network, more than the history where it came from a file of others.
         best: best test accuracy so far, in %.
         facts: further entries for results.json.
+        start: filters that were not zero in the checkpoint that the run started from; None for a new network.
     """
 
     args: argparse.Namespace
@@ -60,6 +61,7 @@ class Training:
     epochs_done: int = 0
     best: float = 0.0
     facts: dict = field(default_factory=dict)
+    start: dict[str, list[int]] | None = None
 
     @property
     def adapters(self) -> nn.Module | None:
@@ -101,7 +103,7 @@ class Training:
             self.run.log(format_pass("Test", tested))
             kept = kept_filters(self.net)
             if self.thresholds:
-                check_plan(self.plan, kept)
+                check_plan(self.plan, kept, self.start)
                 self.run.log(f"  **Filters** zero: {count_zero_filters(self.plan, kept)}")
             history.append(
                 dict(
@@ -163,6 +165,7 @@ class Training:
                 f"'{path}' is a checkpoint of {checkpoint['arch']}, not of {self.arch}; use --arch {checkpoint['arch']}"
             )
         checkpoints.load_weights(self.net, checkpoint["state_dict"], path)
+        self.start = kept_filters(self.net)
         if self.adapters is not None and "adapters" in checkpoint:
             checkpoints.load_weights(self.adapters, checkpoint["adapters"], path)
         if "optimizer" in checkpoint:
