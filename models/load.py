@@ -67,7 +67,7 @@ def build_like(checkpoint: dict, arch: str, path: str | os.PathLike) -> nn.Modul
     full = {name: value.shape for name, value in net.state_dict().items()}
     narrow_like(net, weights, checkpoint.get("pads"))
     if any(value.shape != full[name] for name, value in net.state_dict().items()):
-        check_narrowed(net, checkpoint.get("input_shape", (3, 32, 32)), path)
+        check_narrowed(net, checkpoint.get("input_shape", input_shape(arch)), path)
     return net
 
 
@@ -81,3 +81,8 @@ def build_torchvision(arch: str, num_classes: int) -> nn.Module:
     if arch not in torchvision.models.list_models(torchvision.models):
         raise UserError(f"unknown network '{arch}'; choose from {', '.join(REGISTRY)}, or one of torchvision.models")
     return torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
+
+
+def input_shape(arch: str) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a network is for, where its file does not say."""
+    return (3, 32, 32) if arch in REGISTRY else (3, 224, 224)

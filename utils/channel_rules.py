@@ -94,7 +94,7 @@ def _reader(channels: Channels, node: fx.Node, module: nn.Module) -> Value:
     if module.bias is not None:
         constant += module.bias.detach().double().cpu()
     # Zero padding lets a constant other than 0 vary along the border.
-    even = isinstance(module, nn.Linear) or module.padding_mode != "zeros" or not _pads(module)
+    even = isinstance(module, nn.Linear) or module.padding_mode != "zeros" or not pads(module)
     unknown = torch.isnan(source.constant) | ((source.constant != 0) & (not even))
     steady = (~unknown & (source.constant != 0)).nonzero().flatten()
     sums = weight[:, steady].double()
@@ -105,7 +105,8 @@ def _reader(channels: Channels, node: fx.Node, module: nn.Module) -> Value:
     return Value(ids, constant)
 
 
-def _pads(module: nn.Module) -> bool:
+def pads(module: nn.Module) -> bool:
+    """Whether a convolution pads its input."""
     return module.padding == "same" or (not isinstance(module.padding, str) and any(module.padding))
 
 
@@ -116,7 +117,7 @@ def _depthwise(channels: Channels, node: fx.Node, module: nn.Module, source: Val
         raise Unknown(f"{layer_name(node)} is a grouped convolution")
     weight = module.weight.detach().double().cpu()
     bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach().double().cpu()
-    even = module.padding_mode != "zeros" or not _pads(module)
+    even = module.padding_mode != "zeros" or not pads(module)
     product = weight.flatten(1).sum(dim=1) * source.constant
     product = product if even else product.where(source.constant == 0, NAN)
     zero = (weight.flatten(1) == 0).all(dim=1) | (source.constant == 0)

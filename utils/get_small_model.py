@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> Path:
         check_export(args.export)
     checkpoint = checkpoints.read(args.checkpoint)
     arch, net = models.load_with_name(args.checkpoint, args.arch)
-    shape = tuple(checkpoint.get("input_shape", input_shape(arch)))
+    shape = tuple(checkpoint.get("input_shape", models.input_shape(arch)))
     test, images = None, None
     if args.data:
         test = data.load(args.dataset or checkpoint.get("dataset", "cifar10"), args.data, download=False).test
@@ -75,11 +75,6 @@ def main(argv: list[str] | None = None) -> Path:
     if args.export:
         print(f"written: {export(small, torch.zeros(2, *shape), path, args.export)}")
     return path
-
-
-def input_shape(arch: str) -> tuple[int, int, int]:
-    """(C, H, W) of the images that a network is for, where its file does not say."""
-    return (3, 32, 32) if arch in models.REGISTRY else (3, 224, 224)
 
 
 def write_small(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.small import set_sizes
-from utils.channel_rules import Reader
+from utils.channel_rules import Reader, pads
 from utils.channels import INPUT, OUTPUT, Channels, Orderless, analyse
 from utils.errors import UserError
 from utils.trace import ROOT, layer_name, run, trace
@@ -111,13 +111,19 @@ def merge_constants(channels: Channels) -> int:
         if module in shared or not found:
             continue
         weight = module.weight
-        padded = not isinstance(module, nn.Linear) and (module.padding == "same" or any(module.padding))
+        padded = not isinstance(module, nn.Linear) and pads(module)
         if module.bias is not None and not padded:
             gone = found
             effect = weight[:, gone].double().flatten(2).sum(dim=2) if weight.dim() > 2 else weight[:, gone].double()
             module.bias.copy_(module.bias + effect @ c[gone])
         else:
-            known = [j for j in found if channels.root(reader.source.ids[j]) in representatives]
+            # Not a representative that is tiny here: ratios far above 1 would cost precision.
+            enough = 0.1 * max(abs(float(c[j])) for j in found)
+            known = [
+                j
+                for j in found
+                if channels.root(reader.source.ids[j]) in representatives and abs(float(c[j])) >= enough
+            ]
             r = max(known or found, key=lambda j: abs(float(c[j])))
             representatives.add(channels.root(reader.source.ids[r]))
             gone = [j for j in found if j != r]
@@ -182,8 +188,9 @@ def describe(channels: Channels, keep: Tensor, rank: dict[int, int], report: Rep
         if reasons:
             report.whole[name] = reasons[0]
     said = set(report.whole.values())
+    modules = {layer_name(node) for node in channels.graph.graph.nodes if node.op == "call_module"}
     for _, layer, reason in pinned:
-        if reason not in said:
+        if layer in modules or reason not in said:
             report.whole.setdefault(layer, reason)
     for pad in channels.pads:
         kept = channels.order(pad.ids, keep, rank)
