@@ -385,6 +385,17 @@ def test_pruned_run_writes_its_small_network(train):
     assert widths(models.load(tuned / "checkpoint.resnet8.pth.tar")) == widths(small)
 
 
+def test_small_network_is_distilled_further(train, teacher):
+    folder = train("--epochs", "1", "--HTrate", "0.5")
+    small = folder / "small.resnet8.pth.tar"
+    flags = ("--arch_small", "resnet8", "--teacher", teacher, "--recipe", "prune_distill", "--HTrate", "0.5")
+    distilled = train(*flags, "--epochs", "1", "--resume", small)
+    assert json.loads((distilled / "results.json").read_text())["teacher"]["arch"] == "resnet8"
+    assert widths(models.load(distilled / "checkpoint.resnet8.pth.tar")) == widths(models.load(small))
+    smaller = models.load(distilled / "small.resnet8.pth.tar")
+    assert count(smaller, images()).multiply_adds < count(models.load(small), images()).multiply_adds
+
+
 def test_export_takes_any_batch_size(tmp_path):
     small, _ = make_small(pruned(CifarResNet(8)), images(1))
     path = get_small_model.export(small, images(2), tmp_path / "small.resnet8.pth.tar", "torch")

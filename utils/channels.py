@@ -74,21 +74,21 @@ class Channels:
 
     # -- answers --
 
-    def is_root_of(self) -> Tensor:
+    def roots(self) -> Tensor:
         """int64: the class of every id."""
         return torch.tensor([self.root(i) for i in range(len(self.parents))])
 
     def needed(self) -> Tensor:
         """bool per id: whether its class is needed. A class is looked up at its root."""
         keep = torch.zeros(len(self.parents), dtype=torch.bool)
-        roots = self.is_root_of()
+        roots = self.roots()
         for ids, _, _ in self.pinned:
             keep[roots[ids]] = True
         return self.close(keep)
 
     def close(self, keep: Tensor) -> Tensor:
         """Adds to the kept classes those that they need, until nothing changes. Every layer keeps at least one channel."""
-        roots = self.is_root_of()
+        roots = self.roots()
         while True:
             before = int(keep.sum())
             for reader in reversed(self.readers):

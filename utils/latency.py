@@ -200,7 +200,7 @@ def draw(found: list[Timing], title: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(1.8 + 1.5 * len(found), 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(max(6, 1.8 + 1.5 * len(found)), 4), layout="constrained")
     for offset, name, color in ((-0.2, "dense", "#9aa5b1"), (0.2, "small", "#2b6cb0")):
         heights = [1000 * getattr(t, name) / t.batch_size for t in found]
         spreads = [1000 * getattr(t, f"{name}_spread") / t.batch_size / 2 for t in found]
@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     found = timings(dense, small, shape, device, tuple(args.batch_sizes), args.repeats)
     machine = describe_machine(device)
     where = machine["gpu"] or f"{torch.get_num_threads()} CPU threads"
-    title = f"{arch}: {found[0].ratio:.2f} times fewer multiply-adds, {where}"
+    title = f"{arch}: {found[0].ratio:.2f} times fewer multiply-adds; {where}"
     print(f"{title}\n{format_timings(found)}")
     layers = None
     if args.layers:

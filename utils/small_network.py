@@ -160,7 +160,7 @@ def round_up(channels: Channels, keep: Tensor, multiple: int) -> Tensor:
 def strengths(channels: Channels) -> list[tuple[float, float]]:
     """(norm of the filters that make it, norm of the weights that read it) of every class."""
     made, read = torch.zeros(2, len(channels.parents), dtype=torch.float64)
-    roots = channels.is_root_of()
+    roots = channels.roots()
     for reader in channels.readers:
         weight = reader.module.weight
         made.index_add_(0, roots[reader.ids], weight.flatten(1).norm(dim=1).double())
@@ -174,7 +174,7 @@ def _name(node) -> str:
 
 def describe(channels: Channels, keep: Tensor, rank: dict[int, int], report: Report) -> None:
     """Fills in what is kept per layer, and why more than could be removed."""
-    roots = channels.is_root_of()
+    roots = channels.roots()
     why = {}
     pinned = [(ids, layer, reason) for ids, layer, reason in channels.pinned if reason not in (INPUT, OUTPUT)]
     for ids, _, reason in pinned:
