@@ -63,7 +63,9 @@ def narrow_like(net: nn.Module, state_dict: dict[str, Tensor], pads: dict[str, i
     return net
 
 
-def pack(net: nn.Module, arch: str, num_classes: int, input_shape: tuple[int, ...], **facts) -> dict:
+def pack(
+    net: nn.Module, arch: str, num_classes: int, input_shape: tuple[int, ...], kept: dict[str, list[int]], **facts
+) -> dict:
     """The content of a small network's file, for utils.checkpoint.write; models.load makes the network of it again.
 
     Args:
@@ -71,9 +73,17 @@ def pack(net: nn.Module, arch: str, num_classes: int, input_shape: tuple[int, ..
         arch: name of the network that it was made from, of this project's registry or of torchvision.models.
         num_classes: width of its output.
         input_shape: (C, H, W) of the images it is for.
-        facts: further plain entries, `kept` above all.
+        kept: {layer's weight: original indices of its filters}, as make_small reports them.
+        facts: further plain entries.
     """
-    state = net.state_dict()
+    # BatchNorm's counters are read only where momentum is None; without them, and with equal lists written once, even a narrow
+    # ResNet-110 of 1.7 MB stays within 5 % of its weights.
+    norms = [
+        (name, module) for name, module in net.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    unused = {f"{name}.num_batches_tracked" for name, module in norms if module.momentum is not None}
+    state = {name: value for name, value in net.state_dict().items() if name not in unused}
+    same: dict[tuple[int, ...], list[int]] = {}
     flat = {dtype: [] for dtype in {value.dtype for value in state.values()}}
     for value in state.values():
         flat[value.dtype].append(value.detach().cpu().flatten())
@@ -90,6 +100,7 @@ def pack(net: nn.Module, arch: str, num_classes: int, input_shape: tuple[int, ..
         "num_classes": num_classes,
         "input_shape": list(input_shape),
         "widths": {name: list(value.shape[:2]) for name, value in state.items() if value.dim() > 1},
+        "kept": {name: same.setdefault(tuple(at), at) for name, at in kept.items()},
         **facts,
         "state_dict": weights,
     }

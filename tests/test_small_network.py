@@ -142,7 +142,7 @@ def test_torchvision_networks(arch, tmp_path):
         assert block.conv2.out_channels <= 0.7 * full.conv2.out_channels + 1
     assert after.multiply_adds < {"resnet18": 0.75, "resnet50": 0.7, "vgg16_bn": 0.52}[arch] * before.multiply_adds
     path = tmp_path / f"small.{arch}.pth.tar"
-    checkpoints.write(pack(small, arch, 10, (3, 64, 64), kept=report.kept, library="torchvision"), path)
+    checkpoints.write(pack(small, arch, 10, (3, 64, 64), report.kept, library="torchvision"), path)
     assert path.stat().st_size <= 1.05 * 4 * after.parameters
     if arch != "vgg16_bn":
         assert difference(models.load(path), small, x) == 0
@@ -313,12 +313,26 @@ def test_command_line_errors(tmp_path):
 
 
 def test_a_file_whose_layers_do_not_fit_is_refused(tmp_path):
-    small, _ = make_small(pruned(CifarResNet(8)), images(1))
-    content = pack(small, "resnet8", 10, (3, 32, 32))
+    small, report = make_small(pruned(CifarResNet(8)), images(1))
+    content = pack(small, "resnet8", 10, (3, 32, 32), report.kept)
     content["state_dict"]["stage_1.0.conv_a.weight"] = content["state_dict"]["stage_1.0.conv_a.weight"][:-1]
     checkpoints.write(content, tmp_path / "file")
     with pytest.raises(UserError, match="do not fit each other"):
         models.load(tmp_path / "file")
+
+
+@pytest.mark.parametrize("arch, HTrate", [("resnet20", 0.6), ("resnet110", 0.5)])
+def test_file_is_hardly_larger_than_its_weights(arch, HTrate, tmp_path):
+    net = models.build(arch)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.dim() == 4:
+                p[int(len(p) * HTrate) :] = 0
+    small, report = make_small(net, images(1))
+    checkpoints.write(pack(small, arch, 10, (3, 32, 32), report.kept, pads=report.pads), tmp_path / "file")
+    weights = 4 * sum(v.numel() for v in small.state_dict().values() if v.is_floating_point())
+    assert (tmp_path / "file").stat().st_size <= 1.05 * weights
+    assert difference(models.load(tmp_path / "file"), small, images(1)) == 0
 
 
 # -- living on --
@@ -328,7 +342,7 @@ def test_small_network_is_trained_pruned_and_made_smaller_again(tmp_path):
     torch.manual_seed(0)
     net = pruned(CifarResNet(8), steps=3)
     small, report = make_small(net, images(1))
-    checkpoints.write(pack(small, "resnet8", 10, (3, 32, 32), kept=report.kept), tmp_path / "small.resnet8.pth.tar")
+    checkpoints.write(pack(small, "resnet8", 10, (3, 32, 32), report.kept), tmp_path / "small.resnet8.pth.tar")
     loaded = models.load(tmp_path / "small.resnet8.pth.tar")
     assert all(p.requires_grad for p in loaded.parameters())
     again = pruned(loaded, HTrate=0.5, steps=3)

@@ -108,7 +108,7 @@ def write_small(
     if arch not in models.REGISTRY:
         known["library"] = "torchvision"
     classes = output_width(small, shape)
-    checkpoints.write(pack(small, arch, classes, shape, kept=kept, pads=report.pads, **known), path)
+    checkpoints.write(pack(small, arch, classes, shape, kept, pads=report.pads, **known), path)
     example = torch.zeros(1, *shape)
     before, after = count(net, example), count(small, example)
     return path, {
