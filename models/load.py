@@ -59,15 +59,28 @@ def build_like(checkpoint: dict, arch: str, path: str | os.PathLike) -> nn.Modul
         UserError: no such network, or layers that do not fit each other.
     """
     weights = checkpoint["state_dict"]
-    if checkpoint.get("library") == "torchvision" or arch not in REGISTRY:
-        heads = [value for value in weights.values() if value.dim() == 2]
-        net = build_torchvision(arch, checkpoint.get("num_classes") or len(heads[-1] if heads else ()))
-    else:
-        net = build(arch, **infer_options(arch, weights))
+    net = _build_full(checkpoint, arch, path)
     full = {name: value.shape for name, value in net.state_dict().items()}
     narrow_like(net, weights, checkpoint.get("pads"))
     if any(value.shape != full[name] for name, value in net.state_dict().items()):
-        check_narrowed(net, checkpoint.get("input_shape", input_shape(arch)), path)
+        try:
+            check_narrowed(net, checkpoint.get("input_shape", input_shape(arch)), path)
+        except UserError:
+            if checkpoint.get("small"):
+                raise
+            # No small network: load_weights says which weight is of another shape.
+            return _build_full(checkpoint, arch, path)
+    return net
+
+
+def _build_full(checkpoint: dict, arch: str, path: str | os.PathLike) -> nn.Module:
+    weights = checkpoint["state_dict"]
+    if checkpoint.get("library") != "torchvision" and arch in REGISTRY:
+        return build(arch, **infer_options(arch, weights))
+    heads = [value for value in weights.values() if value.dim() == 2]
+    net = build_torchvision(arch, checkpoint.get("num_classes") or len(heads[-1] if heads else ()))
+    if not {name for name, _ in net.named_parameters()} <= weights.keys():
+        raise UserError(f"'{path}' names the network {arch}, but its weights are not those of torchvision's {arch}")
     return net
 
 
