@@ -14,7 +14,7 @@ from torch import nn
 import models
 import utils.small_network as small_network
 from AHSG_HT import AHSG_HT
-from models.resnet_cifar import CifarResNet
+from models.resnet_cifar import CifarResNet, OptionA
 from models.small import narrow_like, pack
 from utils import checkpoint as checkpoints
 from utils import get_small_model
@@ -280,6 +280,70 @@ def test_shared_layers_and_fixed_widths():
     assert small.stem.out_channels == small.twice.out_channels == small.twice.in_channels == 4
     assert small.next.out_channels == 8 and small.mix.out_channels == 10
     assert small.last.out_channels == 4 and "last" in report.whole and "tied_a" in report.whole
+    assert difference(net, small, images(4, 8)) <= 1e-5
+
+
+class TwoWays(nn.Module):
+    """A linear layer called on features, and in a way that is not known; BatchNorm without weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.next = (
+            nn.Conv2d(3, 6, 3, bias=False),
+            nn.BatchNorm2d(6, affine=False),
+            nn.Conv2d(6, 6, 3),
+        )
+        self.linear, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = F.relu(self.next(F.relu(self.bn(self.conv(x)))))
+        by_position = self.linear(x.permute(0, 2, 3, 1)).mean((1, 2))
+        return self.head(F.relu(self.linear(x.mean((2, 3))) + by_position))
+
+
+def test_layer_that_is_also_called_in_an_unknown_way():
+    torch.manual_seed(0)
+    net = TwoWays()
+    with torch.no_grad():
+        for layer in (net.conv, net.next, net.linear):
+            layer.weight[:3] = 0
+            if layer.bias is not None:
+                layer.bias[:3] = 0
+    small, report = make_small(net, images(1, 8))
+    assert (small.conv.out_channels, small.bn.num_features) == (3, 3)
+    assert (small.next.out_channels, small.linear.out_features) == (6, 6)
+    assert "linear" in report.whole and "next" in report.whole
+    assert difference(net, small, images(4, 8)) <= 1e-5
+
+
+class Stages(nn.Module):
+    """Two stages with an option-A shortcut between them."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.stem, self.conv, self.shortcut = nn.Conv2d(3, 4, 3, 1, 1), nn.Conv2d(4, 6, 3, 2, 1), OptionA(2)
+        self.last, self.end, self.head = nn.Conv2d(6, 6, 3, 1, 1), end, nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.relu(self.conv(x) + self.shortcut(x))
+        return self.head(F.relu(self.last(self.end(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "end, order, pads", [(nn.Identity(), [1, 3, 0, 5], 2), (nn.GroupNorm(2, 6), [0, 1, 2, 3, 4, 5], 2)]
+)
+def test_option_a_stays_a_plain_zero_pad(end, order, pads):
+    """Channels that arrive come first; where the order may not change, the first stage keeps its dead channels instead."""
+    torch.manual_seed(0)
+    net = Stages(end)
+    with torch.no_grad():
+        for conv, dead in ((net.stem, [0, 2]), (net.conv, [1, 2, 4])):
+            conv.weight[dead] = 0
+            conv.bias[dead] = 0
+    small, report = make_small(net, images(1, 8))
+    assert report.kept["conv.weight"] == order and small.shortcut.new_channels == pads
+    assert small.stem.out_channels == len(order) - pads
     assert difference(net, small, images(4, 8)) <= 1e-5
 
 

@@ -154,6 +154,7 @@ def analyse(graph: fx.GraphModule, tie_pads: bool = False) -> Channels:
     channels = Channels(graph, tie_pads)
     frozen = _frozen_modules(graph)
     calls: dict[nn.Module, tuple[list[int], list[int]]] = {}
+    whole: dict[nn.Module, tuple[fx.Node, str]] = {}
     for node in graph.graph.nodes:
         shape, module = node.meta["shape"], None
         if node.op == "output":
@@ -177,22 +178,26 @@ def analyse(graph: fx.GraphModule, tie_pads: bool = False) -> Channels:
                 raise Unknown(f"{layer_name(node)} gives a shape that is not expected of it")
         except Unknown as unknown:
             value = _keep_whole(channels, node, shape, str(unknown))
+            if module is not None:
+                whole[module] = node, str(unknown)
+                module = None
         if value is None:
             continue
         # A running mean that decays once its filter is gone ends among float32's subnormal numbers: nothing comes of it.
         value.constant = value.constant.where(value.constant.abs() >= SMALLEST_NORMAL, value.constant * 0)
         channels.values[node] = value
-        _after_in_place(channels, node, module)
-        if module is not None and any(True for _ in module.parameters(recurse=False)) and module not in frozen:
-            source = channels.values.get(node.args[0]) if node.args else None
-            if source is None:
-                continue
-            if module in calls:
-                channels.unite(source.ids, calls[module][0])
-                channels.unite(value.ids, calls[module][1])
-            calls.setdefault(module, (source.ids, value.ids))
-            if known_module(module):
-                channels.layers.append((node, module, source.ids, value.ids))
+        _after_in_place(channels, node, graph)
+        if module is not None and known_module(module):
+            read, made = channels.values[node.args[0]].ids, value.ids
+            first_read, first_made = calls.setdefault(module, (read, made))
+            channels.unite(read, first_read)
+            channels.unite(made, first_made)
+            channels.layers.append((node, module, read, made))
+    for _, module, read, made in channels.layers:
+        # A layer that is called once more in a way that is not known keeps its shape.
+        if module in whole:
+            channels.pin(read, *whole[module])
+            channels.pin(made, *whole[module])
     return channels
 
 
@@ -207,8 +212,9 @@ def _keep_whole(channels: Channels, node: fx.Node, shape: tuple | None, reason: 
     return Value(ids, torch.full((shape[1],), torch.nan, dtype=torch.float64))
 
 
-def _after_in_place(channels: Channels, node: fx.Node, module: nn.Module | None) -> None:
+def _after_in_place(channels: Channels, node: fx.Node, graph: fx.GraphModule) -> None:
     """An in-place operation changes its operand too: later readers find a constant there only where the operation leaves it alone."""
+    module = graph.get_submodule(node.target) if node.op == "call_module" else None
     in_place = (
         node.kwargs.get("inplace", False)
         or getattr(module, "inplace", False)

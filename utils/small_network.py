@@ -180,12 +180,14 @@ def describe(channels: Channels, keep: Tensor, rank: dict[int, int], report: Rep
     pinned = [(ids, layer, reason) for ids, layer, reason in channels.pinned if reason not in (INPUT, OUTPUT)]
     for ids, _, reason in pinned:
         why.update(dict.fromkeys(roots[ids].tolist(), reason))
-    for reader in channels.readers:
-        name = _name(reader.node)
+    for node, module, _, made in channels.layers:
+        if module.weight is None or module.weight.dim() < 2:
+            continue
+        name = _name(node)
         prefix = f"{name}." if name else ""
-        report.kept[f"{prefix}weight"] = channels.order(reader.ids, keep, rank)
-        report.filters[f"{prefix}weight"] = len(reader.ids)
-        reasons = [why[r] for r in roots[reader.ids].tolist() if r in why]
+        report.kept[f"{prefix}weight"] = channels.order(made, keep, rank)
+        report.filters[f"{prefix}weight"] = len(made)
+        reasons = [why[r] for r in roots[made].tolist() if r in why]
         if reasons:
             report.whole[name] = reasons[0]
     said = set(report.whole.values())
