@@ -26,7 +26,7 @@ import models
 from AHSG_HT import AHSG_HT
 from utils import checkpoint as checkpoints
 from utils.compare_tables import comparison_line
-from utils.device import choose_device, seed_everything
+from utils.device import choose_device, flush_denormals, seed_everything
 from utils.distillation import Distillation, checksum, share_classifier
 from utils.engine import evaluate
 from utils.errors import UserError, run_main
@@ -153,6 +153,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     args = parse_args(argv)
     folder, checkpoint = choose_folder(args, args.student, run_name(args))
     device = choose_device(args.ngpu)
+    flush_denormals()
     seed_everything(args.manualSeed)
     if args.dataset == "synthetic":
         print(

@@ -18,7 +18,7 @@ def draw_crops_and_flips(n: int, seed: int, epoch: int, pad: int = 4) -> Tensor:
 
     They depend on nothing but (n, seed, epoch): neither on the number of workers or ranks nor on the order of samples.
     """
-    generator = seeded_generator(seed, epoch)
+    generator = seeded_generator(seed, epoch, purpose=1)
     offsets = torch.randint(0, 2 * pad + 1, (n, 2), generator=generator)
     flips = torch.randint(0, 2, (n, 1), generator=generator)
     return torch.cat([offsets, flips], dim=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader as TorchDataLoader
@@ -26,7 +28,7 @@ class DataLoader(TorchDataLoader):
             whole mini-batches itself; they are passed on without collating.
         batch_size: samples in the first mini-batch, over all ranks together.
         k, growth, restart, max_batch_size, num_replicas, rank: see GrowingBatchSampler. num_replicas and rank default to those
-            of torch.distributed where it is initialised.
+            of torch.distributed where it is initialised, unless a `sampler` gives the order: that is not split unasked.
         seed: of the order of samples and of the workers' random numbers; None draws one from torch's global generator (0 with
             several ranks, which must agree). An epoch's order depends on nothing but (seed, epoch).
         sampler: gives the order instead of shuffle.
@@ -66,6 +68,8 @@ class DataLoader(TorchDataLoader):
         if sampler is not None and shuffle:
             raise ValueError("sampler and shuffle exclude each other: the sampler gives the order")
         in_group = dist.is_available() and dist.is_initialized()
+        # A sampler of the user's own (a DistributedSampler) may have taken the rank's share already: it is not split unasked.
+        in_group = in_group and sampler is None
         num_replicas = num_replicas if num_replicas is not None else dist.get_world_size() if in_group else 1
         rank = rank if rank is not None else dist.get_rank() if in_group else 0
         if seed is None:
@@ -106,8 +110,8 @@ class DataLoader(TorchDataLoader):
         self.seed = seed
         self._own_generator = own_generator
         self._epoch = 0  # of the next iter(), or of the one at hand
-        self._begun = False  # epoch _epoch has been started, so the next iter() is _epoch + 1
         self._position = 0  # mini-batches of epoch _epoch that were handed out
+        self._pass = None  # the pass over epoch _epoch, once it has begun; an older iterator changes nothing any more
 
     @property
     def epoch(self) -> int:
@@ -130,37 +134,44 @@ class DataLoader(TorchDataLoader):
 
     def load_state_dict(self, state: dict) -> None:
         """The next iter() continues where `state_dict` was taken: the same remaining mini-batches of the same epoch."""
-        position, epoch = state["position"], state["epoch"]
-        self.seed = state["seed"]
+        seed, epoch, position = (state[name] for name in ("seed", "epoch", "position"))
+        if not all(isinstance(value, int) for value in (seed, epoch, position)) or epoch < 0 or position < 0:
+            raise ValueError(f"a loader's state is whole numbers, epoch and position >= 0; got {state!r}")
+        self.seed = seed
         if isinstance(self.batch_sampler, GrowingBatchSampler):
-            self.batch_sampler.seed = self.seed
-            if position and position >= len(self.sizes(epoch)):
-                epoch, position = epoch + 1, 0
+            self.batch_sampler.seed = seed
+        if position and position >= self._length_of(epoch):
+            epoch, position = epoch + 1, 0
         self._move_to(epoch, position)
 
+    def _length_of(self, epoch: int) -> int:
+        own = isinstance(self.batch_sampler, GrowingBatchSampler)
+        return len(self.batch_sampler.sizes(epoch)) if own else len(self.batch_sampler)
+
     def _move_to(self, epoch: int, position: int) -> None:
-        self._epoch, self._position, self._begun = epoch, position, False
+        self._epoch, self._position, self._pass = epoch, position, None
         if isinstance(self.batch_sampler, GrowingBatchSampler):
             self.batch_sampler.epoch = epoch
 
     def __iter__(self):
-        if self._begun:
+        if self._pass is not None:
             self._move_to(self._epoch + 1, 0)
-        self._begun = True
-        epoch, position = self._epoch, self._position
+        this_pass = self._pass = object()
+        epoch, skip = self._epoch, self._position
         if isinstance(self.batch_sampler, GrowingBatchSampler):
-            self.batch_sampler.epoch, self.batch_sampler.start = epoch, position
+            self.batch_sampler.epoch, self.batch_sampler.start = epoch, skip
+            skip = 0
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
         if self._own_generator:
             # torch draws the workers' seeds from it.
-            self.generator.set_state(seeded_generator(self.seed, epoch).get_state())
-        for batch in super().__iter__():
-            position += 1
-            if self._epoch == epoch:
-                self._position = position
+            self.generator.set_state(seeded_generator(self.seed, epoch, purpose=2).get_state())
+        # A batch_sampler of the user's own cannot start in the middle: what was handed out is made again and left out.
+        for batch in islice(super().__iter__(), skip, None):
+            if self._pass is this_pass:
+                self._position += 1
             yield batch
-        if self._epoch == epoch and self._begun:
+        if self._pass is this_pass:
             self._move_to(epoch + 1, 0)
 
 

@@ -88,6 +88,8 @@ class GrowingBatchSampler(Sampler[list[int]]):
             isinstance(num_replicas, int) and num_replicas >= 1 and isinstance(rank, int) and 0 <= rank < num_replicas
         ):
             raise ValueError(f"rank must be in 0..num_replicas-1, got rank={rank!r} and num_replicas={num_replicas!r}")
+        if not isinstance(seed, int):
+            raise ValueError(f"seed must be a whole number, got {seed!r}")
         self.sampler = sampler
         self.batch_size = batch_size
         self.k = k
@@ -150,10 +152,12 @@ class GrowingBatchSampler(Sampler[list[int]]):
             begin += size
 
 
-def seeded_generator(seed: int, epoch: int) -> torch.Generator:
-    """A generator for one epoch of one seed. torch seeds Mersenne twisters from 32 bits well, but neighbouring seeds and
-    epochs must not meet (seed 1, epoch 2 and seed 2, epoch 1), hence the large odd factor."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + epoch * 0x9E3779B1 + 1) % 2**63)
+def seeded_generator(seed: int, epoch: int, purpose: int = 0) -> torch.Generator:
+    """A generator for one epoch of one seed and one purpose (order of samples, augmentation, ...).
+
+    Neighbours must not meet (seed 1 in epoch 2 and seed 2 in epoch 1), hence the large odd factors.
+    """
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch * 0x9E3779B1 + purpose * 0xC2B2AE3D27 + 1) % 2**63)
 
 
 def _check_schedule(batch_size: int, k: float | None, growth: str, max_batch_size: int | None) -> None:
@@ -161,9 +165,9 @@ def _check_schedule(batch_size: int, k: float | None, growth: str, max_batch_siz
         raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
     if growth not in GROWTHS:
         raise ValueError(f"growth must be one of {GROWTHS}, got {growth!r}")
-    is_number = isinstance(k, (int, float)) and not isinstance(k, bool) and math.isfinite(k)
+    is_number = isinstance(k, (int, float)) and not isinstance(k, bool) and -math.inf < k < math.inf
     is_step = is_number and 0 < k < 1
-    is_cap = is_number and k >= batch_size and k == math.floor(k)
+    is_cap = is_number and k >= batch_size and k == int(k)
     if k is not None and not is_step and not is_cap:
         raise ValueError(f"{K_MEANINGS}; got k={k!r} with batch_size={batch_size}")
     if growth == "exponential" and not is_step:

@@ -156,13 +156,13 @@ def _download(name: str, path: Path, spec: Spec) -> Path:
         raise NoData(f"data path '{path}' is not a folder; {remedy}")
     if path.parts and not path.parent.exists() and not path.exists():
         raise NoData(f"data path '{path}' does not exist, nor does the folder that it would be made in; {remedy}")
+    print(f"no {name} in '{path}': downloading it there", flush=True)
+    if not _answers(dataset_class.url):
+        raise NoData(f"no {name} in '{path}', and its download does not answer within {PROBE_SECONDS} s; {remedy}")
     try:
         path.mkdir(exist_ok=True)
     except OSError as error:
         raise NoData(f"cannot make the data path '{path}': {error.strerror}; {remedy}") from None
-    print(f"no {name} in '{path}': downloading it there", flush=True)
-    if not _answers(dataset_class.url):
-        raise NoData(f"no {name} in '{path}', and its download does not answer within {PROBE_SECONDS} s; {remedy}")
     previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PROBE_SECONDS)
     try:
@@ -254,6 +254,9 @@ def _read_image(file: str) -> Tensor:
     """uint8 (3, 32, 32); an image of another size is scaled on its shorter side and cut out of the centre."""
     try:
         with Image.open(file) as image:
+            if image.mode.startswith("I;16"):
+                # Pillow's own conversion clips 16-bit grey at 255.
+                image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
             image = image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the image '{file}' ({error}); mend or remove it") from None

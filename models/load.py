@@ -23,6 +23,8 @@ def infer_options(arch: str, state_dict: dict[str, Tensor]) -> dict:
         if f"{last}.weight" in state_dict and state_dict[f"{last}.weight"].dim() == 2:
             options = {"num_classes": state_dict[f"{last}.weight"].shape[0]}
             if last == "classifier2":
+                if not arch.startswith("resnet"):
+                    raise UserError(f"these weights have the two-layer head of a CIFAR ResNet, {arch} has none")
                 options["head_width"] = state_dict["classifier2.weight"].shape[1]
             return options
     raise UserError(f"these are not weights of {arch}: no classifier among {', '.join(list(state_dict)[:3])}, ...")

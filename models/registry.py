@@ -43,5 +43,5 @@ def build(arch: str, num_classes: int = 10, **options) -> nn.Module:
 
 def check_arch(arch: str) -> None:
     """Raises UserError when no network has this name."""
-    if arch not in REGISTRY:
+    if not isinstance(arch, str) or arch not in REGISTRY:
         raise UserError(f"unknown network '{arch}'; choose from {', '.join(REGISTRY)}")

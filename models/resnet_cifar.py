@@ -85,7 +85,8 @@ class CifarResNet(nn.Module):
             stages.append(stage(stages[-1]))
         features = torch.flatten(F.adaptive_avg_pool2d(stages[-1], 1), 1)
         logits = self.classifier2(self.classifier1(features)) if self._two_layers else self.classifier(features)
-        return (logits, features, stages[1:]) if return_features else logits
+        # "is True": a tracer's stand-in for the argument is not True, so torch.fx traces the plain network.
+        return (logits, features, stages[1:]) if return_features is True else logits
 
 
 def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:

@@ -70,14 +70,14 @@ class CifarVGG(nn.Module):
     def forward(self, x: Tensor, return_features: bool = False):
         """Logits; with return_features (logits, features (B, 512) after pooling, [outputs of the five stages])."""
         stages = []
-        begin = 0
-        for end in self._stage_ends:
-            x = self.features[begin:end](x)
-            stages.append(x)
-            begin = end
+        for number, layer in enumerate(self.features, start=1):
+            x = layer(x)
+            if number in self._stage_ends:
+                stages.append(x)
         features = torch.flatten(x, 1)
         logits = self.classifier(features)
-        return (logits, features, stages) if return_features else logits
+        # "is True": a tracer's stand-in for the argument is not True, so torch.fx traces the plain network.
+        return (logits, features, stages) if return_features is True else logits
 
 
 def _builder(depth: int, batch_norm: bool):

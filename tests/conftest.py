@@ -8,6 +8,8 @@ from PIL import Image
 
 import cifar10_resnet_test as script
 import models.registry
+from data.augment import normalise
+from data.sources import DATASETS
 from data.synthetic import make_images
 from models.resnet_cifar import CifarResNet
 
@@ -56,16 +58,13 @@ def train(tree, tmp_path, monkeypatch):
     return run
 
 
-@pytest.fixture
-def teacher(tree, tmp_path_factory, monkeypatch) -> Path:
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory) -> Path:
     """A checkpoint of a resnet8 that has learnt the tiny tree's test images by heart, well above chance."""
     folder = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(0)
     net = CifarResNet(8, 10).train()
     images, labels = make_images(20, seed=2)
-    from data.augment import normalise
-    from data.sources import DATASETS
-
     mean, std = (torch.tensor(v) / 255 for v in (DATASETS["cifar10"].mean, DATASETS["cifar10"].std))
     batch = normalise(images, mean, std)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)

@@ -5,5 +5,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source utils/environment.sh
 choose_python tests/requirements.txt
 "$PYTHON" -m ruff check .
-"$PYTHON" -m ruff format --check --quiet .
 exec "$PYTHON" -m pytest "$@"

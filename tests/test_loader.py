@@ -10,7 +10,7 @@ from fractions import Fraction
 import pytest
 import torch
 from torch.utils.data import DataLoader as TorchDataLoader
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import Dataset, DistributedSampler, IterableDataset, Sampler
 
 from data import DataLoader, GrowingBatchSampler, ImageArrays
 
@@ -614,3 +614,59 @@ def test_bad_epoch_is_named(epoch):
 def test_iterable_dataset_is_refused():
     with pytest.raises(ValueError, match="IterableDataset"):
         DataLoader(Stream())
+
+
+def test_batch_sampler_position_continues():
+    batches = [[0], [1], [2], [3]]
+    loader, other = (DataLoader(Numbers(4), batch_sampler=batches) for _ in range(2))
+    running = iter(loader)
+    next(running)
+    other.load_state_dict(loader.state_dict())
+    assert epoch_of(other) == batches[1:]
+
+
+def test_old_iterator_does_not_move_a_restored_position():
+    loader = DataLoader(Numbers(40), 5, shuffle=True, seed=1)
+    running = iter(loader)
+    next(running)
+    state = loader.state_dict()
+    loader.load_state_dict(state)
+    next(running)
+    assert loader.state_dict() == state
+
+
+def test_huge_k_is_a_value_error_or_a_cap():
+    """10**400 is an integer >= batch_size; math.isfinite raises OverflowError for it."""
+    assert DataLoader(Numbers(40), 5, 10**400).sizes() == [5, 9, 13, 13]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"seed": 1, "epoch": 0, "position": -1},
+        {"seed": 1, "epoch": -3, "position": 0},
+        {"seed": 1, "epoch": 0, "position": 1.5},
+        {},
+    ],
+)
+def test_bad_state_is_refused(state):
+    with pytest.raises((ValueError, KeyError)):
+        DataLoader(Numbers(40), 5).load_state_dict(state)
+
+
+@pytest.mark.parametrize("seed", ["x", 1.5])
+def test_bad_seed_is_named(seed):
+    with pytest.raises((ValueError, TypeError), match=str(seed)):
+        DataLoader(Numbers(40), 5, shuffle=True, seed=seed)
+
+
+def test_distributed_sampler_is_not_shared_twice(monkeypatch):
+    """Inside a process group a DistributedSampler has already taken the rank's share."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    seen = []
+    for rank in range(2):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        sampler = DistributedSampler(Numbers(40), num_replicas=2, rank=rank)
+        seen += [i for batch in epoch_of(DataLoader(Numbers(40), 5, sampler=sampler)) for i in batch]
+    assert sorted(seen) == list(range(40))

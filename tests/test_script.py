@@ -409,3 +409,14 @@ def test_from_the_shell_a_mistake_is_one_line_and_status_2(tree, tmp_path):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr + done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_removed_filters_leave_no_denormal_numbers_behind(train):
+    """Momentum and running means of removed filters shrink by 0.9 a step; below 1e-38 a CPU would crawl."""
+    folder = train("--epochs", 1, "--batch_size", 1, "--k", "none", "--momentum", 0.1)
+    saved = load(folder / "checkpoint.resnet8.pth.tar")
+    momentum = [state["momentum_buffer"] for state in saved["optimizer"]["state"].values()]
+    tensors = momentum + [v for name, v in saved["state_dict"].items() if "running" in name]
+    smallest_normal = torch.finfo(torch.float32).tiny
+    assert not any(((t != 0) & (t.abs() < smallest_normal)).any() for t in tensors)
+    assert sum((t == 0).sum() for t in momentum) > 1000

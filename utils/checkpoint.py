@@ -59,7 +59,7 @@ def read(path: str | os.PathLike) -> dict:
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the reader raise whatever its bytes lead to
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error) or "GLOBAL" in str(error):
             raise UserError(
                 f"'{path}' holds more than tensors and plain values and is not read, as it could run code"
             ) from None
@@ -74,7 +74,11 @@ def read(path: str | os.PathLike) -> dict:
     ):
         content = {"state_dict": content}
     weights = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+    if (
+        not isinstance(weights, dict)
+        or not weights
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items())
+    ):
         raise UserError(f"'{path}' is no checkpoint: it has no state_dict of tensors")
     if all(name.startswith("module.") for name in weights):
         content["state_dict"] = {name.removeprefix("module."): value for name, value in weights.items()}
