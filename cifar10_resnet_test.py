@@ -194,7 +194,13 @@ def main(argv: list[str] | None = None) -> Path | None:
                 f"'{args.resume}' tells {options['num_classes']} classes apart, the data has {num_classes}; "
                 "choose the --dataset it was trained on"
             )
-    net = models.build(args.student, **options).to(device, memory_format=torch.channels_last)
+    # A checkpoint may be of a small network, narrower than its name says.
+    net = (
+        models.build_like(start.checkpoint, args.student, args.resume)
+        if start.checkpoint
+        else models.build(args.student, **options)
+    )
+    net.to(device, memory_format=torch.channels_last)
     if device.type == "cuda":
         # The images live on the GPU, where worker processes are of no use.
         images.train.to(device), images.test.to(device)

@@ -1,4 +1,4 @@
-"""A ready network from a file: one of the project's checkpoints, a released one, or one of soft filter pruning."""
+"""A ready network from a file: a checkpoint or small network of the project, a released one, or one of soft filter pruning."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 
 from torch import Tensor, nn
 
-from models.registry import REGISTRY, build, check_arch
+from models.registry import REGISTRY, build
+from models.small import check_narrowed, narrow_like
 from utils import checkpoint as checkpoints
 from utils.errors import UserError
+from utils.torchvision_import import import_torchvision
 
 
 def infer_options(arch: str, state_dict: dict[str, Tensor]) -> dict:
@@ -47,7 +49,55 @@ def load_with_name(path: str | os.PathLike, arch: str | None = None) -> tuple[st
     arch = checkpoint.get("arch") or arch
     if arch is None:
         raise UserError(f"'{path}' does not name its network; say which: one of {', '.join(REGISTRY)}")
-    check_arch(arch)
-    net = build(arch, **infer_options(arch, checkpoint["state_dict"]))
+    net = build_like(checkpoint, arch, path)
     checkpoints.load_weights(net, checkpoint["state_dict"], path)
     return arch, net.eval()
+
+
+def build_like(checkpoint: dict, arch: str, path: str | os.PathLike) -> nn.Module:
+    """A network with the shapes of a checkpoint's weights, narrowed where they are a small network's; its weights are not loaded.
+
+    Raises:
+        UserError: no such network, or layers that do not fit each other.
+    """
+    weights = checkpoint["state_dict"]
+    net = _build_full(checkpoint, arch, path)
+    full = {name: value.shape for name, value in net.state_dict().items()}
+    narrow_like(net, weights, checkpoint.get("pads"))
+    if any(value.shape != full[name] for name, value in net.state_dict().items()):
+        try:
+            check_narrowed(net, checkpoint.get("input_shape", input_shape(arch)), path)
+        except UserError:
+            if checkpoint.get("small"):
+                raise
+            # No small network: load_weights says which weight is of another shape.
+            return _build_full(checkpoint, arch, path)
+    return net
+
+
+def _build_full(checkpoint: dict, arch: str, path: str | os.PathLike) -> nn.Module:
+    weights = checkpoint["state_dict"]
+    if checkpoint.get("library") != "torchvision" and arch in REGISTRY:
+        return build(arch, **infer_options(arch, weights))
+    heads = [value for value in weights.values() if value.dim() == 2]
+    net = build_torchvision(arch, checkpoint.get("num_classes") or len(heads[-1] if heads else ()))
+    if not {name for name, _ in net.named_parameters()} <= weights.keys():
+        raise UserError(f"'{path}' names the network {arch}, but its weights are not those of torchvision's {arch}")
+    return net
+
+
+def build_torchvision(arch: str, num_classes: int) -> nn.Module:
+    """torchvision's classification network of this name, untrained.
+
+    Raises:
+        UserError: torchvision has no such network.
+    """
+    torchvision = import_torchvision()
+    if arch not in torchvision.models.list_models(torchvision.models):
+        raise UserError(f"unknown network '{arch}'; choose from {', '.join(REGISTRY)}, or one of torchvision.models")
+    return torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
+
+
+def input_shape(arch: str) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a network is for, where its file does not say."""
+    return (3, 32, 32) if arch in REGISTRY else (3, 224, 224)

@@ -125,6 +125,7 @@ def test_a_pruned_run_leaves_everything_behind(train, tmp_path, capsys):
             "results.json",
             "checkpoint.resnet8.pth.tar",
             "best.resnet8.pth.tar",
+            "small.resnet8.pth.tar",
         ]
     )
     log = Path("out/log_seed_5.txt").read_text()

@@ -76,14 +76,20 @@ def kept_filters(net: nn.Module) -> dict[str, list[int]]:
     return kept
 
 
-def check_plan(plan: list[Layer], kept: dict[str, list[int]]) -> None:
+def check_plan(plan: list[Layer], kept: dict[str, list[int]], start: dict[str, list[int]] | None = None) -> None:
     """Compares a network after thresholding with its plan.
 
+    Args:
+        plan: of the network.
+        kept: its filters that are not zero.
+        start: those of the checkpoint that the run started from. A filter that was zero there need not come back.
+
     Raises:
-        UserError: a convolution has fewer filters than planned, or more.
+        UserError: a convolution has fewer filters than planned and than at the start, or more than planned.
     """
     for layer in plan:
-        if len(kept[layer.name]) != layer.kept:
+        at_least = min(layer.kept, len(start[layer.name])) if start else layer.kept
+        if not at_least <= len(kept[layer.name]) <= layer.kept:
             raise UserError(
                 f"{layer.name} has {len(kept[layer.name])} filters that are not zero, the plan keeps {layer.kept}; the weights have collapsed or "
                 "thresholding did not reach this layer: lower the learning rate, or report this network"

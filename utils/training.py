@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,10 +17,12 @@ from utils.curves import draw_curves
 from utils.device import describe_machine, describe_versions
 from utils.engine import PassResult, evaluate, train_epoch
 from utils.errors import UserError
+from utils.get_small_model import table, write_small
 from utils.plan import Layer, check_plan, count_zero_filters, kept_filters
 from utils.progress import EpochProgress, format_seconds
 from utils.recipes import learning_rate_at
 from utils.run_folder import RunFolder
+from utils.small_network import make_small
 
 # Seconds between two drawings of the curves while a run is under way.
 DRAW_SECONDS = 60
@@ -39,6 +42,7 @@ class Training:
         epochs_done: epochs behind the network, more than the history where it came from a file of others.
         best: best test accuracy of this run so far, in %; -1 before the first epoch.
         facts: further entries for results.json.
+        start: filters that were not zero in the checkpoint that the run started from; None for a new network.
     """
 
     args: argparse.Namespace
@@ -57,6 +61,7 @@ class Training:
     epochs_done: int = 0
     best: float = -1.0
     facts: dict = field(default_factory=dict)
+    start: dict[str, list[int]] | None = None
 
     @property
     def adapters(self) -> nn.Module | None:
@@ -98,7 +103,7 @@ class Training:
             self.run.log(format_pass("Test", tested))
             kept = kept_filters(self.net)
             if self.thresholds:
-                check_plan(self.plan, kept)
+                check_plan(self.plan, kept, self.start)
                 self.run.log(f"  **Filters** zero: {count_zero_filters(self.plan, kept)}")
             history.append(
                 dict(
@@ -119,8 +124,12 @@ class Training:
             if self.epochs_done < args.epochs:
                 self.write_results(kept, curves=time.monotonic() - last_drawn > DRAW_SECONDS)
                 last_drawn = time.monotonic() if time.monotonic() - last_drawn > DRAW_SECONDS else last_drawn
+        if not history:
+            return None
         # Also when no epoch was left: the run may have been killed between its last checkpoint and its results.
-        return self.write_results(kept_filters(self.net), curves=True) if history else None
+        if self.thresholds:
+            self.facts["small"] = self.write_small()
+        return self.write_results(kept_filters(self.net), curves=True)
 
     def write_results(self, kept: dict[str, list[int]], *, curves: bool) -> dict:
         """Writes metrics.csv, results.json and, on demand, curves.png; returns the results."""
@@ -164,6 +173,7 @@ class Training:
                 f"'{path}' is a checkpoint of {checkpoint['arch']}, not of {self.arch}; use --arch {checkpoint['arch']}"
             )
         checkpoints.load_weights(self.net, checkpoint["state_dict"], path)
+        self.start = kept_filters(self.net)
         if self.adapters is not None and "adapters" in checkpoint:
             checkpoints.load_weights(self.adapters, checkpoint["adapters"], path)
         if "optimizer" in checkpoint:
@@ -176,6 +186,28 @@ class Training:
             self.best = checkpoint["best_prec1"]
             self.train_loader.load_state_dict(checkpoint["loader"])
             checkpoints.restore_random_states(checkpoint["random_states"])
+
+    def write_small(self) -> dict:
+        """Cuts the zeroed filters out and writes small.<arch>.pth.tar; what results.json says of it."""
+        images = next(iter(self.test_loader))[0].cpu().contiguous()
+        masked = copy.deepcopy(self.net).cpu().eval()
+        try:
+            small, report = make_small(masked, images[:1], images)
+            path, facts = write_small(
+                masked,
+                small,
+                report,
+                self.arch,
+                tuple(images.shape[1:]),
+                self.run.path,
+                checkpoint={"dataset": self.args.dataset},
+            )
+        except UserError as error:
+            # The trained network is safe in its checkpoint; a run that is done does not fail here.
+            self.run.log(f"no small network was written: {error}")
+            return {"error": str(error)}
+        self.run.log(f"\nsmall network {path}\n{table(self.arch, facts, report)}")
+        return facts
 
     def results(self, kept: dict[str, list[int]]) -> dict:
         """The content of results.json."""

@@ -1,0 +1,483 @@
+"""The small network against the masked one: exactness, that nothing removable is left, files, and what refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from random_nets import SIZE, RandomNet, needed_labels, zero_filters
+from torch import nn
+
+import models
+import utils.small_network as small_network
+from AHSG_HT import AHSG_HT
+from models.resnet_cifar import CifarResNet, OptionA
+from models.small import narrow_like, pack
+from utils import checkpoint as checkpoints
+from utils import get_small_model
+from utils.counts import count
+from utils.errors import UserError
+from utils.small_network import make_small
+from utils.torchvision_import import import_torchvision
+
+RELEASED = Path(__file__).parents[2] / "shared" / "released" / "best.cifar10_resnet20.pth.tar"
+
+
+def images(n=4, size=32, seed=0):
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def difference(first, second, x):
+    return float((first.eval()(x) - second.eval()(x)).abs().max())
+
+
+def pruned(net, HTrate=0.7, size=32, steps=1):
+    """After some AHSG_HT steps on random images."""
+    optimizer = AHSG_HT(net.parameters(), lr=0.01, momentum=0.9, HTrate=HTrate)
+    net.train()
+    for step in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(net(images(4, size, step)), torch.arange(4) % 10).backward()
+        optimizer.update_HSG(1)
+        optimizer.step()
+    return net.eval()
+
+
+def widths(net):
+    return {name: m.out_channels for name, m in net.named_modules() if isinstance(m, nn.Conv2d)}
+
+
+# -- the released network --
+
+
+@pytest.mark.skipif(not RELEASED.is_file(), reason=f"no released checkpoint at {RELEASED}")
+def test_released_network_halves_its_multiply_adds():
+    net = models.load(RELEASED, "resnet20")
+    small, report = make_small(net, images(1))
+    before, after = count(net, images(1)), count(small, images(1))
+    assert (before.multiply_adds, after.multiply_adds) == (40_551_880, 20_327_048)
+    streams = [small.conv_1_3x3.out_channels, *(s[-1].conv_b.out_channels for s in (small.stage_2, small.stage_3))]
+    assert streams == [11, 24, 48]
+    assert not report.whole and report.merged == 0
+    x = images(300, seed=1)
+    with torch.no_grad():
+        assert torch.equal(net(x).argmax(1), small(x).argmax(1))
+    assert difference(net, small, x) < 5e-5
+
+
+@pytest.mark.skipif(not RELEASED.is_file(), reason=f"no released checkpoint at {RELEASED}")
+def test_command_writes_a_file_that_loads(tmp_path, capsys):
+    get_small_model.main([str(RELEASED), "--arch", "resnet20", "--save_path", str(tmp_path)])
+    assert "-49.9 %" in capsys.readouterr().out
+    path = tmp_path / "small.resnet20.pth.tar"
+    small = models.load(path)
+    assert difference(small, models.load(RELEASED, "resnet20"), images()) < 5e-5
+    weights = 4 * sum(v.numel() for v in small.state_dict().values() if v.is_floating_point())
+    assert path.stat().st_size <= 1.05 * weights
+    assert len(checkpoints.read(path)["kept"]["stage_2.0.conv_b.weight"]) == 24
+
+
+# -- random architectures --
+
+
+@pytest.mark.parametrize("constants", [True, False])
+def test_random_networks_are_equal(constants):
+    for seed in range(100):
+        net = RandomNet(seed + 1000 * constants)
+        zero_filters(net, constants=constants)
+        small, report = make_small(net, images(1, SIZE))
+        assert report.difference <= 1e-5, seed
+        assert difference(net, small, 2 * images(8, SIZE, seed)) <= 1e-5, seed
+        assert not report.whole, (seed, report.whole)
+
+
+def test_nothing_removable_is_left():
+    """Widths are those that are measured: a channel stays only if some layer finds it to be other than zero."""
+    strict = 0
+    for seed in range(80):
+        net = RandomNet(seed, leaky=True)
+        zero_filters(net, constants=False)
+        needed = needed_labels(net, images(32, SIZE))
+        if needed is None:
+            continue
+        small, _ = make_small(net, images(1, SIZE))
+        layers = [(name, module) for name, module in net.named_modules() if module in net.makes]
+        expected = {name: sum(label in needed for label in net.makes[m]) for name, m in layers}
+        if 0 in expected.values():
+            continue  # a layer of which nothing is needed keeps one channel, and what that one is coupled to
+        assert {name: len(small.get_submodule(name).weight) for name, _ in layers} == expected, seed
+        strict += 1
+    assert strict >= 30
+
+
+def test_small_of_small_is_the_same():
+    for seed in range(10):
+        net = RandomNet(seed)
+        zero_filters(net, constants=True)
+        small, _ = make_small(net, images(1, SIZE))
+        again, _ = make_small(small, images(1, SIZE))
+        assert widths(again) == widths(small), seed
+
+
+# -- torchvision --
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vgg16_bn"])
+def test_torchvision_networks(arch, tmp_path):
+    torch.manual_seed(0)
+    net = import_torchvision().models.get_model(arch, num_classes=10)
+    if arch == "vgg16_bn":
+        net.classifier = nn.Sequential(nn.Linear(512 * 49, 32), nn.ReLU(), nn.Linear(32, 10))  # half a gigabyte less
+    net = pruned(net, size=64)
+    x = images(2, 64)
+    small, report = make_small(net, x[:1], x)
+    assert report.difference <= 1e-5 and not report.whole
+    before, after = count(net, x), count(small, x)
+    bottlenecks = [m for m in small.modules() if type(m).__name__ == "Bottleneck"]
+    for block, full in zip(bottlenecks, [m for m in net.modules() if type(m).__name__ == "Bottleneck"], strict=True):
+        assert block.conv2.out_channels <= 0.7 * full.conv2.out_channels + 1
+    assert after.multiply_adds < {"resnet18": 0.75, "resnet50": 0.7, "vgg16_bn": 0.52}[arch] * before.multiply_adds
+    path = tmp_path / f"small.{arch}.pth.tar"
+    checkpoints.write(pack(small, arch, 10, (3, 64, 64), report.kept, library="torchvision"), path)
+    assert path.stat().st_size <= 1.05 * 4 * after.parameters
+    if arch != "vgg16_bn":
+        assert difference(models.load(path), small, x) == 0
+
+
+# -- constants --
+
+
+class Chain(nn.Module):
+    def __init__(self, padding=1, bias=False, act=F.relu):
+        super().__init__()
+        self.first, self.bn = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.second, self.head, self.act = nn.Conv2d(6, 4, 3, padding=padding, bias=bias), nn.Linear(4, 2), act
+
+    def forward(self, x):
+        x = self.second(self.act(self.bn(self.first(x))))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+@torch.no_grad()
+def chain(constant, **options):
+    """The first layer's filters 2 to 5 are zero; what BatchNorm makes of them is `constant`."""
+    torch.manual_seed(0)
+    net = Chain(**options)
+    net.first.weight[2:] = 0
+    net.bn.running_mean[2:] = -torch.tensor(constant)
+    net.bn.running_var.fill_(1 - net.bn.eps)
+    return net.eval()
+
+
+@pytest.mark.parametrize(
+    "constant, options, width, moved",
+    [
+        ([0.0, 0, 0, 0], {}, 2, 0),
+        ([-1.0, -2, -3, -1e-3], {}, 2, 0),  # below zero: ReLU makes them zero
+        ([-1.0, 2, 3, 0], {}, 3, 1),  # zero padding: two positive constants become one
+        ([-1.0, 2, 3, 0], {"act": F.leaky_relu}, 3, 2),
+        ([-1.0, 2, 3, 0], {"padding": 0, "bias": True}, 2, 2),  # they move into the bias
+        ([1e-42, 0, 0, 0], {}, 2, 0),  # a running mean that decayed to nothing
+    ],
+)
+def test_batch_norm_constants(constant, options, width, moved):
+    net = chain(constant, **options)
+    small, report = make_small(net, images(1, 8))
+    assert (small.first.out_channels, report.merged) == (width, moved)
+    assert difference(net, small, images(8, 8)) <= 1e-5
+
+
+# -- what is not known --
+
+
+class Shuffle(nn.Module):
+    """An operation that the analysis does not know, and one that torch.fx cannot trace."""
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        return x.flip(1)
+
+
+class Odd(nn.Module):
+    def __init__(self, middle):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 5, 3)
+        self.middle, self.head = middle, nn.Linear(5, 2)
+
+    def forward(self, x):
+        x = F.relu(self.b(F.relu(self.a(x))))
+        x = F.relu(self.c(self.middle(x)))
+        return self.head(x.mean((2, 3)))
+
+
+@torch.no_grad()
+def odd(middle):
+    torch.manual_seed(0)
+    net = Odd(middle)
+    for conv in (net.a, net.b, net.c):
+        conv.weight[1:4] = 0
+        conv.bias[1:4] = 0
+    return net
+
+
+@pytest.mark.parametrize(
+    "middle", [Shuffle(), nn.GroupNorm(3, 6), nn.PixelShuffle(1), nn.Conv2d(6, 6, 1, groups=3), nn.Softmax(dim=1)]
+)
+def test_unknown_operation_is_kept_whole(middle):
+    net = odd(middle)
+    small, report = make_small(net, images(1, 12))
+    assert (small.a.out_channels, small.b.out_channels, small.c.out_channels) == (3, 6, 2)
+    assert "middle" in report.whole["b"] and "a" not in report.whole
+    assert difference(net, small, images(4, 12)) <= 1e-5
+
+
+def test_network_that_cannot_be_traced_is_kept_whole():
+    class Stubborn(Odd):
+        def forward(self, x):
+            return super().forward(x) if x.mean() < 1e9 else x
+
+    torch.manual_seed(0)
+    net = Stubborn(nn.Identity())
+    small, report = make_small(net, images(1, 12))
+    assert widths(small) == widths(net) and report.whole
+    assert difference(net, small, images(4, 12)) == 0
+
+
+class Views(nn.Module):
+    """Shared layers, shared weights, a hard-coded width, a shortcut written by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.twice = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.next, self.tied_a, self.tied_b = nn.Conv2d(6, 10, 3, 2, 1), nn.Conv2d(10, 10, 1), nn.Conv2d(10, 10, 1)
+        self.tied_b.weight = self.tied_a.weight
+        self.mix, self.last = nn.Conv2d(10, 10, 1), nn.Conv2d(10, 4, 1)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.relu(self.twice(F.relu(self.twice(x))))
+        x = F.relu(self.next(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)))
+        x = F.relu(self.mix(x))
+        x = self.last(F.relu(self.tied_b(F.relu(self.tied_a(x)))))
+        return self.head(F.adaptive_max_pool2d(x, 1).view(-1, 4))
+
+
+def test_shared_layers_and_fixed_widths():
+    torch.manual_seed(0)
+    net = Views()
+    with torch.no_grad():
+        for conv in (m for m in net.modules() if isinstance(m, nn.Conv2d)):
+            dead = slice(3, 5) if conv is net.next else slice(1, 3)  # two channels of zeros come first in the shortcut
+            conv.weight[dead] = 0
+            conv.bias[dead] = 0
+    small, report = make_small(net, images(1, 8))
+    assert small.stem.out_channels == small.twice.out_channels == small.twice.in_channels == 4
+    assert small.next.out_channels == 8 and small.mix.out_channels == 10
+    assert small.last.out_channels == 4 and "last" in report.whole and "tied_a" in report.whole
+    assert difference(net, small, images(4, 8)) <= 1e-5
+
+
+class TwoWays(nn.Module):
+    """A linear layer called on features, and in a way that is not known; BatchNorm without weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.next = (
+            nn.Conv2d(3, 6, 3, bias=False),
+            nn.BatchNorm2d(6, affine=False),
+            nn.Conv2d(6, 6, 3),
+        )
+        self.linear, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = F.relu(self.next(F.relu(self.bn(self.conv(x)))))
+        by_position = self.linear(x.permute(0, 2, 3, 1)).mean((1, 2))
+        return self.head(F.relu(self.linear(x.mean((2, 3))) + by_position))
+
+
+def test_layer_that_is_also_called_in_an_unknown_way():
+    torch.manual_seed(0)
+    net = TwoWays()
+    with torch.no_grad():
+        for layer in (net.conv, net.next, net.linear):
+            layer.weight[:3] = 0
+            if layer.bias is not None:
+                layer.bias[:3] = 0
+    small, report = make_small(net, images(1, 8))
+    assert (small.conv.out_channels, small.bn.num_features) == (3, 3)
+    assert (small.next.out_channels, small.linear.out_features) == (6, 6)
+    assert "linear" in report.whole and "next" in report.whole
+    assert difference(net, small, images(4, 8)) <= 1e-5
+
+
+class Stages(nn.Module):
+    """Two stages with an option-A shortcut between them."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.stem, self.conv, self.shortcut = nn.Conv2d(3, 4, 3, 1, 1), nn.Conv2d(4, 6, 3, 2, 1), OptionA(2)
+        self.last, self.end, self.head = nn.Conv2d(6, 6, 3, 1, 1), end, nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.relu(self.conv(x) + self.shortcut(x))
+        return self.head(F.relu(self.last(self.end(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "end, order, pads", [(nn.Identity(), [1, 3, 0, 5], 2), (nn.GroupNorm(2, 6), [0, 1, 2, 3, 4, 5], 2)]
+)
+def test_option_a_stays_a_plain_zero_pad(end, order, pads):
+    """Channels that arrive come first; where the order may not change, the first stage keeps its dead channels instead."""
+    torch.manual_seed(0)
+    net = Stages(end)
+    with torch.no_grad():
+        for conv, dead in ((net.stem, [0, 2]), (net.conv, [1, 2, 4])):
+            conv.weight[dead] = 0
+            conv.bias[dead] = 0
+    small, report = make_small(net, images(1, 8))
+    assert report.kept["conv.weight"] == order and small.shortcut.new_channels == pads
+    assert small.stem.out_channels == len(order) - pads
+    assert difference(net, small, images(4, 8)) <= 1e-5
+
+
+# -- refusals --
+
+
+def test_a_network_that_differs_is_refused(monkeypatch):
+    def spoilt(channels, keep, rank):
+        narrow(channels, keep, rank)
+        channels.graph.get_submodule("net.stage_2.0.conv_b").weight.data += 1
+
+    narrow = small_network.narrow
+    monkeypatch.setattr(small_network, "narrow", spoilt)
+    with pytest.raises(UserError, match=r"differs by .* first at stage_2.0.conv_b; it is not written"):
+        make_small(pruned(CifarResNet(8)), images(1))
+
+
+def test_command_line_errors(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint at"):
+        get_small_model.main([str(tmp_path / "nothing")])
+    with pytest.raises(UserError, match="the following arguments are required"):
+        get_small_model.main([])
+    file = tmp_path / "small.resnet8.pth.tar"
+    torch.save({"arch": "resnet8", "state_dict": CifarResNet(8).state_dict()}, file)
+    with pytest.raises(UserError, match="would be replaced"):
+        get_small_model.main([str(file)])
+    with pytest.raises(UserError, match=r"round_to.*whole number >= 1"):
+        get_small_model.main([str(file), "--round_to", "0"])
+    with pytest.raises(UserError, match="no cifar10 at"):
+        get_small_model.main([str(file), "--data", str(tmp_path), "--save_path", str(tmp_path / "out")])
+
+
+def test_a_file_whose_layers_do_not_fit_is_refused(tmp_path):
+    small, report = make_small(pruned(CifarResNet(8)), images(1))
+    content = pack(small, "resnet8", 10, (3, 32, 32), report.kept)
+    content["state_dict"]["stage_1.0.conv_a.weight"] = content["state_dict"]["stage_1.0.conv_a.weight"][:-1]
+    checkpoints.write(content, tmp_path / "file")
+    with pytest.raises(UserError, match="do not fit each other"):
+        models.load(tmp_path / "file")
+
+
+@pytest.mark.parametrize("arch, HTrate", [("resnet20", 0.6), ("resnet110", 0.5)])
+def test_file_is_hardly_larger_than_its_weights(arch, HTrate, tmp_path):
+    net = models.build(arch)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.dim() == 4:
+                p[int(len(p) * HTrate) :] = 0
+    small, report = make_small(net, images(1))
+    checkpoints.write(pack(small, arch, 10, (3, 32, 32), report.kept, pads=report.pads), tmp_path / "file")
+    weights = 4 * sum(v.numel() for v in small.state_dict().values() if v.is_floating_point())
+    assert (tmp_path / "file").stat().st_size <= 1.05 * weights
+    assert difference(models.load(tmp_path / "file"), small, images(1)) == 0
+
+
+# -- living on --
+
+
+def test_small_network_is_trained_pruned_and_made_smaller_again(tmp_path):
+    torch.manual_seed(0)
+    net = pruned(CifarResNet(8), steps=3)
+    small, report = make_small(net, images(1))
+    checkpoints.write(pack(small, "resnet8", 10, (3, 32, 32), report.kept), tmp_path / "small.resnet8.pth.tar")
+    loaded = models.load(tmp_path / "small.resnet8.pth.tar")
+    assert all(p.requires_grad for p in loaded.parameters())
+    again = pruned(loaded, HTrate=0.5, steps=3)
+    path = tmp_path / "pruned.pth.tar"
+    content = {"arch": "resnet8", "state_dict": again.state_dict(), "kept": report.kept}
+    checkpoints.write(content, path)
+    get_small_model.main([str(path), "--save_path", str(tmp_path / "again")])
+    smallest = models.load(tmp_path / "again" / "small.resnet8.pth.tar")
+    assert count(smallest, images()).multiply_adds < count(small, images()).multiply_adds
+    assert difference(again, smallest, images()) < 1e-4
+    kept = checkpoints.read(tmp_path / "again" / "small.resnet8.pth.tar")["kept"]
+    assert all(set(at) <= set(report.kept[name]) for name, at in kept.items())
+
+
+def test_users_own_network_is_rebuilt():
+    net = chain([0.0, 0, 0, 0])
+    small, _ = make_small(net, images(1, 8))
+    rebuilt = narrow_like(Chain(), small.state_dict())
+    rebuilt.load_state_dict(small.state_dict())
+    assert difference(rebuilt, small, images(4, 8)) == 0
+
+
+@pytest.mark.parametrize("multiple", [2, 8])
+def test_widths_are_rounded_up_with_the_strongest(multiple):
+    torch.manual_seed(0)
+    net = pruned(CifarResNet(8), HTrate=0.6)
+    small, report = make_small(net, images(1), round_to=multiple)
+    assert all(len(at) % multiple == 0 for name, at in report.kept.items() if "conv" in name)
+    assert difference(net, small, images()) <= 1e-4
+
+    chain_net = chain([0.0, 0, 0, 0])
+    with torch.no_grad():
+        chain_net.second.weight[:, 4] *= 10
+    _, report = make_small(chain_net, images(1, 8), round_to=3)
+    assert report.kept["first.weight"] == [0, 1, 4]
+
+
+def test_network_is_not_changed():
+    net = pruned(CifarResNet(8)).train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    make_small(net, images(1))
+    assert net.training and all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_pruned_run_writes_its_small_network(train):
+    folder = train("--epochs", "1", "--HTrate", "0.5")
+    facts = json.loads((folder / "results.json").read_text())["small"]
+    small = models.load(folder / facts["file"])
+    assert difference(small, models.load(folder / "checkpoint.resnet8.pth.tar"), images()) < 1e-4
+    assert facts["after"]["multiply_adds"] == count(small, images()).multiply_adds
+    assert facts["after"]["multiply_adds"] < facts["before"]["multiply_adds"]
+    # It is trained on, and its checkpoint loads as well.
+    tuned = train("--recipe", "finetune", "--epochs", "1", "--resume", folder / facts["file"], "--HTrate", "0.8")
+    assert widths(models.load(tuned / "checkpoint.resnet8.pth.tar")) == widths(small)
+
+
+def test_small_network_is_distilled_further(train, teacher):
+    folder = train("--epochs", "1", "--HTrate", "0.5")
+    small = folder / "small.resnet8.pth.tar"
+    flags = ("--arch_small", "resnet8", "--teacher", teacher, "--recipe", "prune_distill", "--HTrate", "0.5")
+    distilled = train(*flags, "--epochs", "1", "--resume", small)
+    assert json.loads((distilled / "results.json").read_text())["teacher"]["arch"] == "resnet8"
+    assert widths(models.load(distilled / "checkpoint.resnet8.pth.tar")) == widths(models.load(small))
+    smaller = models.load(distilled / "small.resnet8.pth.tar")
+    assert count(smaller, images()).multiply_adds < count(models.load(small), images()).multiply_adds
+
+
+def test_export_takes_any_batch_size(tmp_path):
+    small, _ = make_small(pruned(CifarResNet(8)), images(1))
+    path = get_small_model.export(small, images(2), tmp_path / "small.resnet8.pth.tar", "torch")
+    program = torch.export.load(path).module()
+    for n in (1, 3):
+        assert torch.allclose(program(images(n)), small(images(n)), atol=1e-5)
+    assert [p.name for p in tmp_path.iterdir()] == ["small.resnet8.pt2"]
