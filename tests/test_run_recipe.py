@@ -35,6 +35,7 @@ def recorded(monkeypatch, tmp_path):
             epochs_done=args.epochs,
             seed=1,
             finished=True,
+            settings=vars(args),
         )
         (folder / "results.json").write_text(json.dumps(results))
         (folder / f"checkpoint.{args.student}.pth.tar").write_bytes(b"")

@@ -158,6 +158,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--resume",
+        type=path_name,
         metavar="FILE",
         help="checkpoint to continue, or to start from (finetune, evaluate); auto: the one in --save_path, if any",
     )

@@ -266,11 +266,17 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str) 
         group.clear()
         group.update(own, params=params)
     for p, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor) and value.shape != p.shape:
+        for name, value in list(state.items()):
+            if name not in ("momentum_buffer", "prev_data") or not isinstance(value, torch.Tensor):
+                # Of another optimizer.
+                del state[name]
+            elif value.shape != p.shape:
                 raise UserError(
                     f"'{name}' saved in '{path}' has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}"
                 )
+            else:
+                # In the parameter's memory layout, or every step would take the slow path.
+                state[name] = torch.empty_like(p, requires_grad=False).copy_(value)
 
 
 def _prev_data_in_state(saved: dict) -> dict:
