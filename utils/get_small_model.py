@@ -22,6 +22,7 @@ import models
 from models.small import pack
 from utils import checkpoint as checkpoints
 from utils.counts import Counts, count
+from utils.device import flush_denormals
 from utils.errors import UserError, run_main
 from utils.options import OneLineParser
 from utils.options import count as whole_number
@@ -53,6 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> Path:
     args = parse_args(argv)
+    flush_denormals()
     folder = Path(args.save_path) if args.save_path else Path(args.checkpoint).parent
     check_writable(folder)
     if args.export:

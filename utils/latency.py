@@ -26,7 +26,7 @@ import models
 from AHSG_HT import hard_threshold
 from utils import checkpoint as checkpoints
 from utils.counts import multiply_adds
-from utils.device import describe_machine
+from utils.device import describe_machine, flush_denormals
 from utils.errors import UserError, run_main
 from utils.options import OneLineParser, kept_rate
 from utils.options import count as whole_number
@@ -267,6 +267,7 @@ def main(argv: list[str] | None = None) -> None:
         check_writable(Path(args.save_path))
     if args.threads:
         torch.set_num_threads(args.threads)
+    flush_denormals()
     arch, dense, shape = networks(args)
     small, _ = make_small(dense, torch.zeros(1, *shape), round_to=args.round_to)
     device = torch.device(args.device)
