@@ -386,6 +386,31 @@ def test_bfloat16_filters_are_ranked_by_float32_norms():
     assert kept_filters(weight) == {1}
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("unit", ["filter", "element"])
+@pytest.mark.parametrize("norm", [1, 2])
+def test_the_stacked_path_of_gpus_is_the_path_of_cpus(norm, unit, layout):
+    generator = torch.Generator().manual_seed(norm)
+    weights = [torch.randint(-3, 4, (12, 5, 3, 3), generator=generator).float() for _ in range(4)]
+    weights = [w.to(memory_format=layout) for w in weights]
+    others = [w.clone() for w in weights]
+    kept = 7 if unit == "filter" else 300
+    masks = ahsg_module._threshold_in_place(weights, kept, norm, unit)
+    assert torch.equal(masks, ahsg_module._threshold_stacked(others, kept, norm, unit))
+    assert (masks.sum(1) == kept).all()
+    assert same_bits(weights, others)
+
+
+@pytest.mark.parametrize("norm", [1, 2])
+def test_equal_channels_last_filters_keep_the_lower_indices(norm):
+    generator = torch.Generator().manual_seed(norm)
+    for channels in range(1, 70, 3):
+        values = torch.randn(1, channels, 3, 3, generator=generator).repeat(40, 1, 1, 1)
+        weight = nn.Parameter(values.to(memory_format=torch.channels_last))
+        threshold_only([weight], HTrate=0.5, norm=norm)
+        assert kept_filters(weight) == set(range(20)), channels
+
+
 # ---- which layers, and what follows a filter --------------------------------------------------------------------------
 
 
@@ -791,6 +816,18 @@ def test_channels_last_gives_the_contiguous_result(device, unit, heavy_ball):
             one.step()
         assert same_bits(params, others)
     assert not others[0].is_contiguous()
+
+
+def test_blocks_of_a_large_network_give_the_result_of_one_block(monkeypatch):
+    params, others = small_params(), small_params()
+    optimizer, other = AHSG_HT(params, **RECIPE), AHSG_HT(others, **RECIPE)
+    for gradients in draw_gradients(params, 6):
+        train(params, optimizer, [gradients])
+        with monkeypatch.context() as patch:
+            patch.setattr(ahsg_module, "CPU_BLOCK_ENTRIES", 20)
+            assert len(ahsg_module._update_blocks(others)) > 3
+            train(others, other, [gradients])
+    assert same_bits(params, others)
 
 
 def test_groups_with_different_HTrate():
