@@ -304,12 +304,25 @@ def test_what_departs_from_the_papers_order_is_named():
         (["--growth", "1"], "--growth"),
         (["--v", "1"], "--v"),
         (["--batch_size", "0"], "--batch_size"),
-        (["--problem", "mnist", "--k", "785"], "--k 785"),
     ],
 )
 def test_paper_convex_refuses_bad_flags_by_name(flags, message, tmp_path):
     with pytest.raises(UserError, match=message):
         paper_convex.main([*flags, "--save_path", str(tmp_path)])
+
+
+def test_more_entries_than_features_are_refused(tmp_path):
+    path = tmp_path / "toy.svm"
+    path.write_text("1 1:1\n-1 2:1\n")
+    with pytest.raises(UserError, match="--k 3: must be in 1..2"):
+        paper_convex.main(["--problem", str(path), "--k", "3", "--save_path", str(tmp_path)])
+
+
+def test_where_every_step_size_diverges_the_gap_is_infinite(tmp_path, monkeypatch):
+    problem = small_problem()
+    monkeypatch.setattr(paper_convex, "LR_GRID", (1e9,))
+    result = paper_convex.compare(problem, SMALL)
+    assert {m["log10_gap_at_end"] for m in result["methods"].values()} == {np.inf}
 
 
 # ---- heavy ball -------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class Settings:
 
     k: int
     passes: float
-    batch_size: int = 32
+    batch_size: int = 64
     growth: float = 0.01
     v: float = 0.9
     seed: int = 0
@@ -182,6 +182,9 @@ def best_known(problem: Problem, k: int, starts: list[np.ndarray], smoothness: f
     """
     best, own = math.inf, []
     for start in starts:
+        if not np.isfinite(start).all():  # where a run diverged
+            own.append(math.inf)
+            continue
         objective, weights = polish(problem, start)
         own.append(objective)
         for _ in range(5):

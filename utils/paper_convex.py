@@ -33,7 +33,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 # Step sizes times the largest curvature of f.
-LR_GRID = (1 / 64, 1 / 16, 1 / 4, 1.0, 2.0)
+LR_GRID = (1 / 16, 1 / 4, 1.0, 4.0, 16.0, 64.0)
 # log10 of the gap where the paper's plots end, in the order of METHODS.
 PAPER_ENDS = {"rcv1": (-8.7, -7.3, -5.2, -2.2, 3.0), "epsilon": (-11.0, -9.3, -7.8, -6.0, 3.7)}
 
@@ -165,7 +165,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--k", nargs="+", type=int, default=[200, 500], help="entries kept of every weight vector")
     parser.add_argument("--passes", type=float, default=6, help="passes over the data per run, >= 1")
     parser.add_argument(
-        "--batch_size", type=int, default=32, help="samples, fixed for SG-HT and SVRG-HT, first for HSG-HT and AHSG-HT"
+        "--batch_size", type=int, default=64, help="samples, fixed for SG-HT and SVRG-HT, first for HSG-HT and AHSG-HT"
     )
     parser.add_argument("--growth", type=float, default=0.01, help="k of s_t = s_0*(1+k)^t")
     parser.add_argument("--v", type=float, default=0.9, help="heavy-ball weight of AHSG-HT")
