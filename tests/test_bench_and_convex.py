@@ -314,7 +314,7 @@ def test_paper_convex_refuses_bad_flags_by_name(flags, message, tmp_path):
 def test_more_entries_than_features_are_refused(tmp_path):
     path = tmp_path / "toy.svm"
     path.write_text("1 1:1\n-1 2:1\n")
-    with pytest.raises(UserError, match="--k 3: must be in 1..2"):
+    with pytest.raises(UserError, match=r"--k 3: must be in 1..2"):
         paper_convex.main(["--problem", str(path), "--k", "3", "--save_path", str(tmp_path)])
 
 
