@@ -76,11 +76,11 @@ def hard_thresholding_optimizer(problem: Problem, k: int, lr: float, v: float):
 def run_method(problem: Problem, method: str, lr: float, settings: Settings) -> Run:
     """One run of a method from W = 0.
 
-    The objective is recorded at every tenth of a pass up to the first one, then at every quarter.
+    The objective is recorded at every fifth of a pass up to the first one, then at every half.
     """
     samples = len(problem.labels)
     params, optimizer = hard_thresholding_optimizer(problem, settings.k, lr, settings.v if method == "AHSG-HT" else 0.0)
-    marks = [*np.arange(1, 10) / 10, *np.arange(1, settings.passes + 0.25, 0.25)]
+    marks = [*np.arange(1, 5) / 5, *np.arange(1, settings.passes + 0.5, 0.5)]
     run = Run(method, lr)
     used, steps = 0, 0
 
