@@ -30,6 +30,8 @@ NORMS = (1, 2)
 # Entries of the parameters that a CPU updates together: with gradient, momentum buffer and x_{t-1} about 1 MiB, so that they
 # stay in the cache from one pass of the update to the next.
 CPU_BLOCK_ENTRIES = 65_536
+# Scores per row from which a CPU finds the smallest kept score instead of sorting them all.
+CPU_LONG_ROW = 10_000
 
 
 class AHSG_HT(Optimizer):
@@ -364,6 +366,12 @@ def _threshold_stacked(weights: list[Tensor], kept: int, norm: int, unit: str) -
 
 def _keep_largest(scores: Tensor, kept: int, dtype: torch.dtype) -> Tensor:
     """1 for the `kept` largest scores of each row, of equal ones those of lower index, 0 for the others."""
+    if scores.device.type == "cpu" and scores.shape[1] >= CPU_LONG_ROW:
+        smallest = torch.topk(scores, kept, dim=1).values[:, -1:]
+        above = ~(scores <= smallest)  # nan, too, which a sort puts first
+        level = scores == smallest
+        room = kept - above.sum(dim=1, keepdim=True)
+        return (above | (level & (level.cumsum(dim=1) <= room))).to(dtype)
     removed = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, kept:]
     return torch.ones_like(scores, dtype=dtype).scatter_(1, removed, 0)
 

@@ -350,6 +350,21 @@ def test_equal_filters_of_any_values_keep_the_lower_indices(norm, device):
         assert kept_filters(weight) == set(range(20)), entries
 
 
+def test_long_rows_keep_what_a_stable_sort_keeps(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    for width in range(1, 60):
+        scores = torch.randint(0, 6, (5, width), generator=generator).float()
+        scores[4, ::7] = float("nan")
+        for kept in range(max(1, (width + 6) // 7), width + 1, 3):
+            by_sort = ahsg_module._keep_largest(scores, kept, torch.float64)
+            with monkeypatch.context() as patch:
+                patch.setattr(ahsg_module, "CPU_LONG_ROW", 1)
+                by_selection = ahsg_module._keep_largest(scores, kept, torch.float64)
+            # Of exactly `kept` nan, the smallest kept score is nan itself and says nothing.
+            rows = slice(4 if kept == (width + 6) // 7 else 5)
+            assert torch.equal(by_sort[rows], by_selection[rows]), (width, kept)
+
+
 def test_equal_elements_keep_the_lower_indices():
     p = nn.Parameter(torch.tensor([1.0, -2.0, 2.0, -1.0, 2.0, 1.0, -2.0, 1.0]))
     threshold_only([p], HTrate=0.625, unit="element")

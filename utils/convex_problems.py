@@ -90,7 +90,7 @@ def rcv1_like(seed: int, samples: int = 20_242, features: int = 47_236) -> Probl
     return Problem("rcv1", matrix, _noisy_labels(matrix, 200, min(2000, features), rng))
 
 
-def epsilon_like(seed: int, samples: int = 20_000, features: int = 2_000) -> Problem:
+def epsilon_like(seed: int, samples: int = 10_000, features: int = 2_000) -> Problem:
     """Dense rows of unit norm whose features share ten common factors. (The original has 400,000 rows.)"""
     rng = np.random.default_rng(seed)
     matrix = rng.standard_normal((samples, features))
@@ -99,7 +99,7 @@ def epsilon_like(seed: int, samples: int = 20_000, features: int = 2_000) -> Pro
     return Problem("epsilon", matrix, _noisy_labels(matrix, min(200, features // 2), features, rng))
 
 
-def mnist_like(seed: int, samples: int = 20_000, classes: int = 10) -> Problem:
+def mnist_like(seed: int, samples: int = 10_000, classes: int = 10) -> Problem:
     """Image-like rows of 28x28 pixels, 19 % of them not zero: a smooth blot of the class, distorted so much that a linear
     model errs on about a tenth of them. (The original has 60,000 rows.)"""
     rng = np.random.default_rng(seed)
