@@ -27,6 +27,11 @@ __all__ = ["AHSG_HT", "following_additives", "kept_count"]
 HEAVY_BALLS = ("paper", "released")
 UNITS = ("filter", "element")
 NORMS = (1, 2)
+# Entries of the parameters that a CPU updates together: with gradient, momentum buffer and x_{t-1} about 1 MiB, so that they
+# stay in the cache from one pass of the update to the next.
+CPU_BLOCK_ENTRIES = 65_536
+# Scores per row from which a CPU finds the smallest kept score instead of sorting them all.
+CPU_LONG_ROW = 10_000
 
 
 class AHSG_HT(Optimizer):
@@ -166,25 +171,27 @@ class AHSG_HT(Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            directions = self._sgd_directions(params, group)
-            if group["heavy_ball"] == "paper":
-                self._paper_update(params, directions, group)
-            else:
-                self._released_update(params, directions, group)
+            for block in _update_blocks(params):
+                directions, are_scratch = self._sgd_directions(block, group)
+                if group["heavy_ball"] == "paper":
+                    self._paper_update(block, directions, are_scratch, group)
+                else:
+                    self._released_update(block, directions, group)
             if final or group["heavy_ball"] == "released":
                 hard_threshold(
                     group["params"], group["HTrate"], norm=group["norm"], unit=group["unit"], only_with_grad=True
                 )
         return loss
 
-    def _sgd_directions(self, params: list[Tensor], group: dict) -> list[Tensor]:
-        """torch.optim.SGD's direction d_t, in its order of operations so that the bits agree. May return the gradients
-        themselves, never changes them."""
+    def _sgd_directions(self, params: list[Tensor], group: dict) -> tuple[list[Tensor], bool]:
+        """torch.optim.SGD's direction d_t, in its order of operations so that the bits agree; and whether these are scratch
+        tensors, which the caller may overwrite and keep, rather than the gradients or the momentum buffers themselves."""
         directions = [p.grad for p in params]
-        if group["weight_decay"] != 0:
+        decayed = group["weight_decay"] != 0
+        if decayed:
             directions = torch._foreach_add(directions, params, alpha=group["weight_decay"])
         if group["momentum"] == 0:
-            return directions
+            return directions, decayed
         old, old_directions, buffers = [], [], []
         for p, d in zip(params, directions, strict=True):
             buffer = self.state[p].get("momentum_buffer")
@@ -199,13 +206,13 @@ class AHSG_HT(Optimizer):
             torch._foreach_mul_(old, group["momentum"])
             torch._foreach_add_(old, old_directions, alpha=1 - group["dampening"])
         if not group["nesterov"]:
-            return buffers
-        if group["weight_decay"] != 0:
+            return buffers, False
+        if decayed:
             torch._foreach_add_(directions, buffers, alpha=group["momentum"])
-            return directions
-        return torch._foreach_add(directions, buffers, alpha=group["momentum"])
+            return directions, True
+        return torch._foreach_add(directions, buffers, alpha=group["momentum"]), True
 
-    def _paper_update(self, params: list[Tensor], directions: list[Tensor], group: dict) -> None:
+    def _paper_update(self, params: list[Tensor], directions: list[Tensor], are_scratch: bool, group: dict) -> None:
         """x_t - lr*d_t + v*(x_t - x_{t-1}), and x_t becomes the next step's x_{t-1}."""
         v = group["v"]
         if v == 0:
@@ -213,17 +220,26 @@ class AHSG_HT(Optimizer):
                 self.state[p].pop("prev_data", None)
             torch._foreach_add_(params, directions, alpha=-group["lr"])
             return
-        moved, prevs = [], []
-        for p in params:
+        moved, moves, prevs, olds = [], [], [], []
+        for p, d in zip(params, directions, strict=True):
             state = self.state[p]
-            if "prev_data" in state:
-                moved.append(p)
-                prevs.append(state["prev_data"])
-            state["prev_data"] = p.clone()
+            prev = state.get("prev_data")
+            if prev is None:
+                state["prev_data"] = p.clone()
+                p.add_(d, alpha=-group["lr"])
+                continue
+            # x_t is to outlive this step: in the direction's memory where that is free, because fresh memory costs as much as two passes.
+            state["prev_data"] = old = d if are_scratch and d.dtype == p.dtype else torch.empty_like(p)
+            moved.append(p)
+            moves.append(d)
+            prevs.append(prev)
+            olds.append(old)
         if moved:
-            # x_t + v*(x_t - x_{t-1}) in one pass over memory: an interpolation from x_t to x_{t-1} with weight -v.
-            torch._foreach_lerp_(moved, prevs, -v)
-        torch._foreach_add_(params, directions, alpha=-group["lr"])
+            # x_t + v*(x_t - x_{t-1}) is the interpolation from x_{t-1} to x_t with weight 1 + v, taken in x_{t-1}'s memory.
+            torch._foreach_lerp_(prevs, moved, 1 + v)
+            torch._foreach_add_(prevs, moves, alpha=-group["lr"])
+            torch._foreach_copy_(olds, moved)
+            torch._foreach_copy_(moved, prevs)
 
     def _released_update(self, params: list[Tensor], directions: list[Tensor], group: dict) -> None:
         """The SGD step, then + v*(x_t - prev) with prev as update_HSG left it. prev is not moved here."""
@@ -233,6 +249,20 @@ class AHSG_HT(Optimizer):
         torch._foreach_add_(params, directions, alpha=-group["lr"])
         if moved:
             torch._foreach_add_(moved, terms, alpha=v)
+
+
+def _update_blocks(params: list[Tensor]) -> list[list[Tensor]]:
+    """The parameters in runs of about CPU_BLOCK_ENTRIES entries on a CPU, in one run elsewhere, where kernels are to be few."""
+    if any(p.device.type != "cpu" for p in params):
+        return [params]
+    blocks, room = [], 0
+    for p in params:
+        if room <= 0:
+            blocks.append([])
+            room = CPU_BLOCK_ENTRIES
+        blocks[-1].append(p)
+        room -= p.numel()
+    return blocks
 
 
 def kept_count(total: int, HTrate: float) -> int:
@@ -263,10 +293,13 @@ def following_additives(params: list[Tensor], index: int) -> list[Tensor]:
         ValueError: more than three follow, so that it cannot be told which of them are additive.
     """
     run = []
-    for p in params[index + 1 :]:
-        if p.dim() > 1:
+    length = params[index].shape[0]
+    for i in range(index + 1, len(params)):
+        p = params[i]
+        dim = p.dim()
+        if dim > 1:
             break
-        if p.dim() == 1 and p.shape[0] == params[index].shape[0]:
+        if dim == 1 and p.shape[0] == length:
             run.append(p)
     if len(run) > 3:
         raise ValueError(
@@ -292,33 +325,59 @@ def hard_threshold(
         unit: "filter" or "element", as in AHSG_HT.
         only_with_grad: leave out what has no gradient. `params` must name it all the same, or a filter's BatchNorm is not found.
     """
-    for (_, dtype, device), jobs in _threshold_jobs(params, HTrate, unit, only_with_grad).items():
-        weights = [weight for weight, _, _ in jobs]
-        kept = jobs[0][2]
-        # A GPU pays per kernel, so its layers are copied side by side and thresholded as one tensor; a CPU pays for memory traffic.
-        stacked = torch.stack(weights) if device.type != "cpu" else None
-        if unit == "element":
-            scores = (torch.stack(weights) if stacked is None else stacked).flatten(1).abs()
-        else:
-            kind = dict(ord=norm, dim=-1, dtype=torch.promote_types(dtype, torch.float32))
-            if stacked is None:
-                scores = torch.stack([torch.linalg.vector_norm(w.flatten(1), **kind) for w in weights])
-            else:
-                scores = torch.linalg.vector_norm(stacked.flatten(2), **kind)
-        removed = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, kept:]
-        mask = torch.ones_like(scores, dtype=dtype).scatter_(1, removed, 0)
-        per_unit = mask.view(len(weights), *(weights[0].shape if unit == "element" else (-1, 1, 1, 1)))
-        if stacked is None:
-            torch._foreach_mul_(weights, list(per_unit.unbind(0)))
-        else:
-            torch._foreach_copy_(weights, list(stacked.mul_(per_unit).unbind(0)))
-        additives = [(a, row) for (_, found, _), row in zip(jobs, mask.unbind(0), strict=True) for a in found]
+    for (_, _, device, _), jobs in _threshold_jobs(params, HTrate, unit, only_with_grad).items():
+        # A CPU pays for memory traffic, a GPU per kernel.
+        threshold = _threshold_in_place if device.type == "cpu" else _threshold_stacked
+        masks = threshold([weight for weight, _, _ in jobs], jobs[0][2], norm, unit)
+        additives = [(a, row) for (_, found, _), row in zip(jobs, masks.unbind(0), strict=True) for a in found]
         if additives:
             torch._foreach_mul_([a for a, _ in additives], [row for _, row in additives])
 
 
+def _threshold_in_place(weights: list[Tensor], kept: int, norm: int, unit: str) -> Tensor:
+    """Thresholds layers of one shape where they stand; returns their masks (layers, units), 1 kept and 0 removed."""
+    if unit == "element":
+        scores = torch.stack(weights).flatten(1).abs()
+    else:
+        # Over the dimensions: flattening a channels_last weight would copy it.
+        dtype = torch.promote_types(weights[0].dtype, torch.float32)
+        scores = torch.stack([torch.linalg.vector_norm(w, ord=norm, dim=(1, 2, 3), dtype=dtype) for w in weights])
+    masks = _keep_largest(scores, kept, weights[0].dtype)
+    shape = weights[0].shape if unit == "element" else (-1, 1, 1, 1)
+    torch._foreach_mul_(weights, list(masks.view(len(weights), *shape).unbind(0)))
+    return masks
+
+
+def _threshold_stacked(weights: list[Tensor], kept: int, norm: int, unit: str) -> Tensor:
+    """As _threshold_in_place, through one copy of the layers side by side."""
+    if unit == "filter" and not weights[0].is_contiguous():
+        # channels_last weights as they lie in memory, because foreach copies between different strides layer by layer.
+        weights = [w.permute(0, 2, 3, 1) for w in weights]
+    stacked = torch.stack(weights)
+    if unit == "element":
+        scores, shape = stacked.flatten(1).abs(), weights[0].shape
+    else:
+        dtype = torch.promote_types(stacked.dtype, torch.float32)
+        scores, shape = torch.linalg.vector_norm(stacked, norm, dim=(2, 3, 4), dtype=dtype), (-1, 1, 1, 1)
+    masks = _keep_largest(scores, kept, stacked.dtype)
+    torch._foreach_copy_(weights, list(stacked.mul_(masks.view(len(weights), *shape)).unbind(0)))
+    return masks
+
+
+def _keep_largest(scores: Tensor, kept: int, dtype: torch.dtype) -> Tensor:
+    """1 for the `kept` largest scores of each row, of equal ones those of lower index, 0 for the others."""
+    if scores.device.type == "cpu" and scores.shape[1] >= CPU_LONG_ROW:
+        smallest = torch.topk(scores, kept, dim=1).values[:, -1:]
+        above = ~(scores <= smallest)  # nan, too, which a sort puts first
+        level = scores == smallest
+        room = kept - above.sum(dim=1, keepdim=True)
+        return (above | (level & (level.cumsum(dim=1) <= room))).to(dtype)
+    removed = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, kept:]
+    return torch.ones_like(scores, dtype=dtype).scatter_(1, removed, 0)
+
+
 def _threshold_jobs(params: list[Tensor], HTrate: float, unit: str, only_with_grad: bool = False) -> dict:
-    """Layers to threshold, as {(shape, dtype, device): [(weight, additives, kept), ...]}; layers kept whole are left out."""
+    """Layers to threshold, as {(shape, dtype, device, contiguous): [(weight, additives, kept), ...]}; layers kept whole are left out."""
     jobs = defaultdict(list)
     if HTrate == 1:
         return jobs
@@ -331,7 +390,7 @@ def _threshold_jobs(params: list[Tensor], HTrate: float, unit: str, only_with_gr
             additives = [] if unit == "element" else following_additives(params, index)
             if only_with_grad:
                 additives = [a for a in additives if a.grad is not None]
-            jobs[p.shape, p.dtype, p.device].append((p, additives, kept))
+            jobs[p.shape, p.dtype, p.device, p.is_contiguous()].append((p, additives, kept))
     return jobs
 
 

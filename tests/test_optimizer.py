@@ -350,6 +350,21 @@ def test_equal_filters_of_any_values_keep_the_lower_indices(norm, device):
         assert kept_filters(weight) == set(range(20)), entries
 
 
+def test_long_rows_keep_what_a_stable_sort_keeps(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    for width in range(1, 60):
+        scores = torch.randint(0, 6, (5, width), generator=generator).float()
+        scores[4, ::7] = float("nan")
+        for kept in range(max(1, (width + 6) // 7), width + 1, 3):
+            by_sort = ahsg_module._keep_largest(scores, kept, torch.float64)
+            with monkeypatch.context() as patch:
+                patch.setattr(ahsg_module, "CPU_LONG_ROW", 1)
+                by_selection = ahsg_module._keep_largest(scores, kept, torch.float64)
+            # Of exactly `kept` nan, the smallest kept score is nan itself and says nothing.
+            rows = slice(4 if kept == (width + 6) // 7 else 5)
+            assert torch.equal(by_sort[rows], by_selection[rows]), (width, kept)
+
+
 def test_equal_elements_keep_the_lower_indices():
     p = nn.Parameter(torch.tensor([1.0, -2.0, 2.0, -1.0, 2.0, 1.0, -2.0, 1.0]))
     threshold_only([p], HTrate=0.625, unit="element")
@@ -384,6 +399,31 @@ def test_bfloat16_filters_are_ranked_by_float32_norms():
     weight = nn.Parameter(values.clone())
     threshold_only([weight], HTrate=0.5)
     assert kept_filters(weight) == {1}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("unit", ["filter", "element"])
+@pytest.mark.parametrize("norm", [1, 2])
+def test_the_stacked_path_of_gpus_is_the_path_of_cpus(norm, unit, layout):
+    generator = torch.Generator().manual_seed(norm)
+    weights = [torch.randint(-3, 4, (12, 5, 3, 3), generator=generator).float() for _ in range(4)]
+    weights = [w.to(memory_format=layout) for w in weights]
+    others = [w.clone() for w in weights]
+    kept = 7 if unit == "filter" else 300
+    masks = ahsg_module._threshold_in_place(weights, kept, norm, unit)
+    assert torch.equal(masks, ahsg_module._threshold_stacked(others, kept, norm, unit))
+    assert (masks.sum(1) == kept).all()
+    assert same_bits(weights, others)
+
+
+@pytest.mark.parametrize("norm", [1, 2])
+def test_equal_channels_last_filters_keep_the_lower_indices(norm):
+    generator = torch.Generator().manual_seed(norm)
+    for channels in range(1, 70, 3):
+        values = torch.randn(1, channels, 3, 3, generator=generator).repeat(40, 1, 1, 1)
+        weight = nn.Parameter(values.to(memory_format=torch.channels_last))
+        threshold_only([weight], HTrate=0.5, norm=norm)
+        assert kept_filters(weight) == set(range(20)), channels
 
 
 # ---- which layers, and what follows a filter --------------------------------------------------------------------------
@@ -791,6 +831,18 @@ def test_channels_last_gives_the_contiguous_result(device, unit, heavy_ball):
             one.step()
         assert same_bits(params, others)
     assert not others[0].is_contiguous()
+
+
+def test_blocks_of_a_large_network_give_the_result_of_one_block(monkeypatch):
+    params, others = small_params(), small_params()
+    optimizer, other = AHSG_HT(params, **RECIPE), AHSG_HT(others, **RECIPE)
+    for gradients in draw_gradients(params, 6):
+        train(params, optimizer, [gradients])
+        with monkeypatch.context() as patch:
+            patch.setattr(ahsg_module, "CPU_BLOCK_ENTRIES", 20)
+            assert len(ahsg_module._update_blocks(others)) > 3
+            train(others, other, [gradients])
+    assert same_bits(params, others)
 
 
 def test_groups_with_different_HTrate():
