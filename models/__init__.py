@@ -5,7 +5,7 @@ models.build("vgg16_bn", num_classes=100)
 models.load("best.resnet20.pth.tar")    # a ready network from any checkpoint of the project, a released one, or a small network's file
 """
 
-from models.load import build_like, build_torchvision, infer_options, input_shape, load, load_with_name
+from models.load import build_like, build_torchvision, infer_options, input_shape, is_torchvisions, load, load_with_name
 from models.registry import REGISTRY, build, check_arch
 from models.resnet_cifar import resnet20, resnet32, resnet44, resnet56, resnet110
 from models.small import narrow_like
@@ -19,6 +19,7 @@ __all__ = [
     "check_arch",
     "infer_options",
     "input_shape",
+    "is_torchvisions",
     "load",
     "load_with_name",
     "narrow_like",

@@ -66,7 +66,7 @@ def build_like(checkpoint: dict, arch: str, path: str | os.PathLike) -> nn.Modul
     narrow_like(net, weights, checkpoint.get("pads"))
     if any(value.shape != full[name] for name, value in net.state_dict().items()):
         try:
-            check_narrowed(net, checkpoint.get("input_shape", input_shape(arch)), path)
+            check_narrowed(net, checkpoint.get("input_shape", input_shape(arch, checkpoint)), path)
         except UserError:
             if checkpoint.get("small"):
                 raise
@@ -77,7 +77,7 @@ def build_like(checkpoint: dict, arch: str, path: str | os.PathLike) -> nn.Modul
 
 def _build_full(checkpoint: dict, arch: str, path: str | os.PathLike) -> nn.Module:
     weights = checkpoint["state_dict"]
-    if checkpoint.get("library") != "torchvision" and arch in REGISTRY:
+    if not is_torchvisions(checkpoint, arch):
         return build(arch, **infer_options(arch, weights))
     heads = [value for value in weights.values() if value.dim() == 2]
     net = build_torchvision(arch, checkpoint.get("num_classes") or len(heads[-1] if heads else ()))
@@ -98,6 +98,17 @@ def build_torchvision(arch: str, num_classes: int) -> nn.Module:
     return torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
 
 
-def input_shape(arch: str) -> tuple[int, int, int]:
+def is_torchvisions(checkpoint: dict, arch: str) -> bool:
+    """Whether a checkpoint's network is torchvision's. The VGGs of both libraries share their names, but not their widths."""
+    if checkpoint.get("library") == "torchvision" or arch not in REGISTRY:
+        return True
+    full, weights = build(arch, **infer_options(arch, checkpoint["state_dict"])).state_dict(), checkpoint["state_dict"]
+    wider = [name for name in full if name in weights and weights[name].numel() > full[name].numel()]
+    torchvision = import_torchvision()
+    return bool(wider) and arch in torchvision.models.list_models(torchvision.models)
+
+
+def input_shape(arch: str, checkpoint: dict | None = None) -> tuple[int, int, int]:
     """(C, H, W) of the images that a network is for, where its file does not say."""
-    return (3, 32, 32) if arch in REGISTRY else (3, 224, 224)
+    other = arch not in REGISTRY if checkpoint is None else is_torchvisions(checkpoint, arch)
+    return (3, 224, 224) if other else (3, 32, 32)

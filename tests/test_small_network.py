@@ -13,7 +13,7 @@ from torch import nn
 
 import models
 import utils.small_network as small_network
-from AHSG_HT import AHSG_HT
+from AHSG_HT import AHSG_HT, hard_threshold
 from models.resnet_cifar import CifarResNet, OptionA
 from models.small import narrow_like, pack
 from utils import checkpoint as checkpoints
@@ -481,3 +481,17 @@ def test_export_takes_any_batch_size(tmp_path):
     for n in (1, 3):
         assert torch.allclose(program(images(n)), small(images(n)), atol=1e-5)
     assert [p.name for p in tmp_path.iterdir()] == ["small.resnet8.pt2"]
+
+
+def test_torchvisions_vgg_is_not_taken_for_the_projects(tmp_path):
+    """Both libraries have a vgg11; the file's widths tell which it is."""
+    torch.manual_seed(0)
+    net = models.build_torchvision("vgg11", 10)
+    hard_threshold(list(net.parameters()), 0.5)
+    torch.save({"arch": "vgg11", "state_dict": net.state_dict()}, tmp_path / "checkpoint.vgg11.pth.tar")
+    path = get_small_model.main([str(tmp_path / "checkpoint.vgg11.pth.tar")])
+    small = models.load(path)
+    assert small.features[0].out_channels == 32
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(small(image), net.eval()(image), atol=1e-5)

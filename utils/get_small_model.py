@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> Path:
         check_export(args.export)
     checkpoint = checkpoints.read(args.checkpoint)
     arch, net = models.load_with_name(args.checkpoint, args.arch)
-    shape = tuple(checkpoint.get("input_shape", models.input_shape(arch)))
+    shape = tuple(checkpoint.get("input_shape", models.input_shape(arch, checkpoint)))
     test, images = None, None
     if args.data:
         test = data.load(args.dataset or checkpoint.get("dataset", "cifar10"), args.data, download=False).test
@@ -107,7 +107,7 @@ def write_small(
     first = checkpoint.get("kept", {})
     kept = {name: [first[name][i] for i in at] if name in first else at for name, at in report.kept.items()}
     known = {key: checkpoint[key] for key in ("library", "dataset") if key in checkpoint}
-    if arch not in models.REGISTRY:
+    if "state_dict" in checkpoint and models.is_torchvisions(checkpoint, arch):
         known["library"] = "torchvision"
     classes = output_width(small, shape)
     checkpoints.write(pack(small, arch, classes, shape, kept, pads=report.pads, **known), path)

@@ -249,7 +249,8 @@ def networks(args: argparse.Namespace) -> tuple[str, nn.Module, tuple[int, ...]]
     """(arch, dense network with zeroed filters, shape of an image) of the command line."""
     if args.checkpoint:
         arch, net = models.load_with_name(args.checkpoint, args.arch)
-        return arch, net, tuple(checkpoints.read(args.checkpoint).get("input_shape", models.input_shape(arch)))
+        checkpoint = checkpoints.read(args.checkpoint)
+        return arch, net, tuple(checkpoint.get("input_shape", models.input_shape(arch, checkpoint)))
     if not args.arch:
         raise UserError("nothing to time: name a checkpoint, or a network with --arch")
     torch.manual_seed(0)
