@@ -99,11 +99,12 @@ def build_torchvision(arch: str, num_classes: int) -> nn.Module:
 
 
 def is_torchvisions(checkpoint: dict, arch: str) -> bool:
-    """Whether a checkpoint's network is torchvision's. The VGGs of both libraries share their names, but not their widths."""
+    """Whether a checkpoint's network is torchvision's. The VGGs of both libraries share their names, but not the widths of their heads."""
     if checkpoint.get("library") == "torchvision" or arch not in REGISTRY:
         return True
     full, weights = build(arch, **infer_options(arch, checkpoint["state_dict"])).state_dict(), checkpoint["state_dict"]
-    wider = [name for name in full if name in weights and weights[name].numel() > full[name].numel()]
+    heads = [name for name in full if name in weights and full[name].dim() == weights[name].dim() == 2]
+    wider = [name for name in heads if weights[name].numel() > full[name].numel()]
     torchvision = import_torchvision()
     return bool(wider) and arch in torchvision.models.list_models(torchvision.models)
 

@@ -487,7 +487,8 @@ def test_torchvisions_vgg_is_not_taken_for_the_projects(tmp_path):
     """Both libraries have a vgg11; the file's widths tell which it is."""
     torch.manual_seed(0)
     net = models.build_torchvision("vgg11", 10)
-    hard_threshold(list(net.parameters()), 0.5)
+    with torch.no_grad():
+        hard_threshold(list(net.parameters()), 0.5)
     torch.save({"arch": "vgg11", "state_dict": net.state_dict()}, tmp_path / "checkpoint.vgg11.pth.tar")
     path = get_small_model.main([str(tmp_path / "checkpoint.vgg11.pth.tar")])
     small = models.load(path)
