@@ -6,9 +6,12 @@ import pytest
 import torch
 
 import cifar10_resnet_test as script
+import models
 from utils import checkpoint as checkpoints
 from utils.errors import UserError, run_main
+from utils.experiment import build_optimizer
 from utils.run_folder import RunFolder
+from utils.training import restore_optimizer
 
 NAME = "checkpoint.resnet8.pth.tar"
 
@@ -134,10 +137,8 @@ def test_momentum_takes_the_parameters_memory_layout(train, tmp_path):
     torch.save(saved, folder / NAME)
     args, given = script.parser().parse_given(["--k", "24", "--batch_size", "16"])
     script.settle(args, given)
-    net = script.models.build("resnet8").to(memory_format=torch.channels_last)
-    optimizer = script.build_optimizer(net, None, args)
-    from utils.training import restore_optimizer
-
+    net = models.build("resnet8").to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(net, None, args)
     restore_optimizer(optimizer, checkpoints.read(folder / NAME)["optimizer"], "file")
     buffer = optimizer.state[net.stage_3[0].conv_b.weight]["momentum_buffer"]
     assert buffer.is_contiguous(memory_format=torch.channels_last)

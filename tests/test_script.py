@@ -16,6 +16,7 @@ import cifar10_resnet_test as script
 from utils.errors import UserError
 from utils.plan import kept_filters
 from utils.recipes import fit_schedule, learning_rate_at
+from utils.training import Training
 
 ROOT = Path(__file__).resolve().parent.parent
 RESNET8_FILTERS = [16, 16, 16, 32, 32, 64, 64]
@@ -174,13 +175,13 @@ def test_a_pruned_run_leaves_everything_behind(train, tmp_path, capsys):
 
 def test_after_every_epoch_exactly_the_planned_filters_are_zero(train, monkeypatch):
     seen = []
-    real = script.Training.checkpoint
+    real = Training.checkpoint
 
     def watch(training):
         seen.append([len(kept) for kept in kept_filters(training.net).values()])
         return real(training)
 
-    monkeypatch.setattr(script.Training, "checkpoint", watch)
+    monkeypatch.setattr(Training, "checkpoint", watch)
     train("--epochs", 3)
     assert seen == [[11, 11, 11, 22, 22, 44, 44]] * 3
 

@@ -1,0 +1,232 @@
+"""What the training scripts share once they know their data and networks: teacher, objective, optimizer, loaders, and the run itself."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import data
+import models
+from AHSG_HT import AHSG_HT
+from utils import checkpoint as checkpoints
+from utils.compare_tables import comparison_line
+from utils.device import flush_denormals, seed_everything
+from utils.distillation import Distillation, checksum, share_classifier
+from utils.engine import evaluate
+from utils.errors import UserError
+from utils.objective import cross_entropy
+from utils.plan import format_plan, make_plan
+from utils.resume import Start
+from utils.run_folder import RunFolder
+from utils.training import Training, format_pass
+
+EVALUATION_BATCH = 500
+
+
+@dataclass
+class Experiment:
+    """A training script's settings, data and network, once they are chosen.
+
+    Attributes:
+        script: file name of the script, for the command lines that are printed and saved.
+        argv: its command line.
+        args: the resolved settings.
+        start: where the run starts; see utils.resume.
+        images: the data set.
+        net: the network to train, on `device`.
+        teacher: a trained network, or None.
+    """
+
+    script: str
+    argv: list[str]
+    args: argparse.Namespace
+    start: Start
+    images: data.Data
+    net: nn.Module
+    teacher: nn.Module | None
+    device: torch.device
+
+    def run(self) -> Path | None:
+        """Trains, or with --evaluate only tests; returns the run's folder, None after --evaluate."""
+        test_loader = data.DataLoader(self.images.test, EVALUATION_BATCH)
+        if self.args.evaluate:
+            self.evaluate(test_loader)
+            return None
+        plan = make_plan(self.net, self.args.HTrate)
+        train_loader = build_train_loader(self.images, self.args)
+        objective, facts = build_objective(self.teacher, self.net, self.images, test_loader, self.args, self.device)
+        optimizer = build_optimizer(self.net, getattr(objective, "adapters", None), self.args)
+        sizes = {"train_images": len(self.images.train), "test_images": len(self.images.test)}
+        training = Training(
+            args=self.args,
+            run=RunFolder(self.start.folder, self.args.manualSeed, new=not self.start.folder_is_its_own),
+            arch=self.args.student,
+            num_classes=len(self.images.classes),
+            net=self.net,
+            optimizer=optimizer,
+            objective=objective,
+            train_loader=train_loader,
+            test_loader=test_loader,
+            device=self.device,
+            plan=plan,
+            data_source=self.images.source,
+            facts={"command": shlex.join(["python", self.script, *self.argv]), **sizes, **facts},
+        )
+        if self.start.checkpoint:
+            training.restore(self.start.checkpoint, self.args.resume, continues=self.start.continues)
+        self.log_settings(training)
+        results = training.train()
+        if results is not None:
+            training.run.log(
+                f"\nlast epoch {results['last_epoch_accuracy']:.2f} %, best epoch {results['best_epoch_accuracy']:.2f} % "
+                f"(epoch {results['best_epoch']}); log, metrics.csv, curves.png, results.json and checkpoints are in {self.start.folder}"
+            )
+            training.run.log(comparison_line(results))
+        return self.start.folder
+
+    def evaluate(self, test_loader) -> None:
+        """Tests the network of --resume and prints the release's line."""
+        args = self.args
+        checkpoints.load_weights(self.net, self.start.checkpoint["state_dict"], args.resume)
+        print(f"{args.student} of {args.resume} on {len(self.images.test)} test images ({self.images.source})")
+        print(format_pass("Test", evaluate(self.net, test_loader, self.device)))
+
+    def log_settings(self, training: Training) -> None:
+        """Everything that decides the result, before the first epoch."""
+        args, images, log = self.args, self.images, training.run.log
+        log("settings: " + ", ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
+        log(
+            f"data: {images.source}, {len(images.train)} training and {len(images.test)} test images, {len(images.classes)} classes"
+        )
+        log(
+            f"device: {self.device}, {torch.get_num_threads()} CPU threads; optimizer: {type(training.optimizer).__name__}"
+        )
+        for name, value in training.facts.get("teacher", {}).items():
+            log(f"teacher {name}: {value}")
+        log(f"keeping HTrate={args.HTrate:g} of the filters, that is prune_rate={args.prune_rate:g} removed")
+        log(f"schedule: {describe_schedule(training.train_loader.sizes(0))}")
+        log(format_plan(training.plan))
+        for note in self.start.notes:
+            log(note)
+        late = [m for m in args.schedule if m >= args.epochs]
+        if late:
+            log(
+                f"note: the run ends before the learning-rate milestones {' '.join(map(str, late))}; "
+                "--fit_schedule scales a recipe's milestones to --epochs"
+            )
+        if training.epochs_done >= args.epochs:
+            log(
+                f"nothing left to do: {args.resume} has {training.epochs_done} of {args.epochs} epochs; a larger --epochs trains on"
+            )
+
+
+def prepare_process(args: argparse.Namespace) -> None:
+    """What every run does before it builds anything: arithmetic of the CPU, and seeds."""
+    flush_denormals()
+    seed_everything(args.manualSeed)
+
+
+def read_resumed(args: argparse.Namespace) -> dict | None:
+    """The checkpoint that --resume names; None without one, and for auto, which looks for it later."""
+    return checkpoints.read(args.resume) if args.resume not in (None, "auto") else None
+
+
+def run_name(args: argparse.Namespace) -> str:
+    """The folder in runs/ of a run without --save_path."""
+    rate = "" if args.HTrate == 1 else f"-HT{args.HTrate:g}"
+    return f"{args.recipe}-{args.dataset}-{args.student}{rate}-seed{args.manualSeed}"
+
+
+def load_teacher(args: argparse.Namespace, script: str) -> nn.Module | None:
+    """The network of --teacher, checked against --arch; None for a run without."""
+    if args.evaluate:
+        return None
+    if not args.teacher:
+        if not args.arch_small and args.recipe not in ("distill", "prune_distill"):
+            return None
+        arch = args.arch if args.arch_small else "resnet56"
+        command = ["python", script, args.data_path, "--dataset", args.dataset, "--arch", arch]
+        raise UserError(
+            f"distillation needs a trained teacher: add --teacher FILE; this trains one: {shlex.join(command)} --recipe baseline"
+        )
+    arch, teacher = models.load_with_name(args.teacher, args.arch)
+    if args.arch_small and arch != args.arch:
+        raise UserError(f"--teacher '{args.teacher}' is a {arch}, --arch says {args.arch}; use --arch {arch}")
+    args.teacher_arch = arch
+    return teacher
+
+
+def build_objective(
+    teacher: nn.Module | None, net: nn.Module, images: data.Data, test_loader, args: argparse.Namespace, device
+):
+    """Cross-entropy, or with a teacher distillation; and what results.json says of the teacher."""
+    if teacher is None:
+        return cross_entropy, {}
+    classes = len(images.classes)
+    if teacher.num_classes != classes:
+        raise UserError(
+            f"--teacher '{args.teacher}' tells {teacher.num_classes} classes apart, {args.dataset} has {classes}; "
+            "use a teacher of the same data set"
+        )
+    teacher.to(device, memory_format=torch.channels_last)
+    tested = evaluate(teacher, test_loader, device)
+    print(f"teacher {args.teacher_arch} of {args.teacher}: {format_pass('Teacher', tested).strip()}", flush=True)
+    # A network that knows nothing scores 100/classes with this standard deviation.
+    chance = 100 / classes
+    spread = math.sqrt(chance * (100 - chance) / len(images.test))
+    if tested.top1 < chance + 3 * spread:
+        raise UserError(
+            f"--teacher '{args.teacher}' scores {tested.top1:.2f} %, no better than chance ({chance:g} %); train it first"
+        )
+    if args.share_classifier:
+        share_classifier(teacher, net)
+    sample, _ = next(iter(data.DataLoader(images.test, 2, num_replicas=1, rank=0)))
+    objective = Distillation(
+        teacher, net, sample.to(device), on=args.kd_on, loss=args.loss, weight=args.kd_weight, temperature=args.kd_T
+    )
+    facts = {"arch": args.teacher_arch, "file": args.teacher, "accuracy": tested.top1, "sha256": checksum(args.teacher)}
+    return objective, {"teacher": facts}
+
+
+def build_optimizer(net: nn.Module, adapters: nn.Module | None, args: argparse.Namespace):
+    """Plain SGD where nothing is thresholded and no ball rolls, else AHSG_HT. Adapters are never thresholded."""
+    groups = [{"params": list(net.parameters())}]
+    common = dict(lr=args.learning_rate, momentum=args.momentum, weight_decay=args.decay, nesterov=args.momentum > 0)
+    plain = args.HTrate == 1 and args.v == 0
+    if adapters is not None and list(adapters.parameters()):
+        groups.append({"params": list(adapters.parameters()), **({} if plain else {"HTrate": 1})})
+    if plain:
+        return torch.optim.SGD(groups, **common)
+    return AHSG_HT(groups, v=args.v, HTrate=args.HTrate, heavy_ball=args.heavy_ball, norm=args.norm, **common)
+
+
+def build_train_loader(images: data.Data, args: argparse.Namespace) -> data.DataLoader:
+    """The growing loader over the training images."""
+    if args.batch_size > len(images.train):
+        raise UserError(
+            f"--batch_size {args.batch_size} is more than the {len(images.train)} training images; use a smaller one"
+        )
+    growth = dict(growth=args.growth, restart=not args.no_restart, max_batch_size=args.max_batch_size)
+    workers = dict(num_workers=args.workers, persistent_workers=args.workers > 0)
+    try:
+        return data.DataLoader(
+            images.train, args.batch_size, args.k, shuffle=True, seed=args.manualSeed, **growth, **workers
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def describe_schedule(sizes: list[int]) -> str:
+    """The mini-batch schedule of an epoch: its sizes, and how many of each where they repeat."""
+    runs = [(size, len(list(same))) for size, same in groupby(sizes)]
+    parts = [f"{size} x{n}" if n > 1 else f"{size}" for size, n in runs]
+    if len(parts) > 12:
+        parts = [*parts[:4], "...", *parts[-4:]]
+    return f"{len(sizes)} mini-batches in the first epoch: {', '.join(parts)} ({sum(sizes)} images)"
