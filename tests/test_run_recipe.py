@@ -11,8 +11,9 @@ import torch
 
 import data
 from utils import run_recipe
-from utils.compare_tables import comparison_line, published_rows
+from utils.compare_tables import comparison_line
 from utils.errors import UserError
+from utils.published import published_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -192,6 +193,7 @@ def test_comparison_names_the_published_rows():
         (dict(epochs_run_here=5), "NOT COMPARABLE: 5 epochs instead of 200"),
         (dict(train_images=60, test_images=20), "NOT COMPARABLE: 60 training"),
         (dict(synthetic_data=True), "none, the data is SYNTHETIC"),
+        (dict(settings={"widths_of": "small.resnet20.pth.tar"}), "none, they have no small network"),
         (dict(prune_rate=0.35), "none, no published row for resnet20 on cifar10 with 35 %"),
     ],
 )
@@ -201,8 +203,8 @@ def test_what_cannot_be_compared_is_not(changes, expected):
 
 def test_published_rows_are_those_trained_from_scratch():
     rows = published_rows("cifar10", "resnet56", 0.4)
-    assert rows and all(row["init"] == "scratch" for row in rows)
-    assert {row["acc"] for row in rows} == {"92.26", "92.93", "92.89"}
+    assert rows and all(row.init == "scratch" for row in rows)
+    assert {row.acc for row in rows} == {92.26, 92.93, 92.89}
 
 
 @pytest.mark.parametrize("words", [["nonsense"], ["prune", "--HTrate", "1.2"]])

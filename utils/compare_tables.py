@@ -1,30 +1,90 @@
-"""Own results beside the published ones."""
+"""Published and own results side by side: `python -m utils.compare_tables [RESULTS...]`.
+
+    python -m utils.compare_tables                                  # every results.json under results/ and runs/
+    python -m utils.compare_tables runs/table --format markdown
+    python -m utils.compare_tables --format csv > rows.csv
+    python -m utils.compare_tables results --picture accuracy.png   # accuracy against multiply-adds
+    python -m utils.compare_tables --update                         # results/tables.md, results/accuracy.png, the README's table
+
+Own figures are last-epoch accuracies, mean over seeds with standard deviation and Student's 95 % interval; the best epoch on the test set, which this
+line of papers prints, stands beside under that name. Runs on synthetic images, on other numbers of images or with shortened recipes are marked and
+never subtracted from published figures or from runs of another length. Every difference is computed.
+"""
 
 from __future__ import annotations
 
-import csv
+import argparse
+import sys
 from pathlib import Path
 
-from utils.recipes import RECIPES
+from utils import checkpoint as checkpoints
+from utils.accuracy_picture import draw_accuracy
+from utils.compare_rows import against_published, make_rows, own_row
+from utils.errors import UserError, run_main
+from utils.method_order import order
+from utils.options import OneLineParser
+from utils.own_runs import ROOT, find_runs, group_runs, not_comparable, show_path
+from utils.published import published_rows, read_published
+from utils.run_folder import RUNS
+from utils.table_formats import FORMATS, markdown_table, with_interval
 
-# Training and test images that the published figures stand on.
-FULL_SIZES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000)}
-PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published.csv"
+RESULTS = ROOT / "results"
+BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 
-def published_rows(dataset: str, arch: str, prune_rate: float) -> list[dict[str, str]]:
-    """Rows of results/published.csv for one network and one share of removed filters, trained from scratch."""
-    with open(PUBLISHED, encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(line for line in file if not line.startswith("#")) if row["acc"]]
-    return [
-        row
-        for row in rows
-        if row["dataset"] == dataset
-        and row["arch"] == arch
-        and row["init"] == "scratch"
-        and row["pruned"]
-        and abs(float(row["pruned"]) - 100 * prune_rate) < 1e-6
-    ]
+def readme_block(folder: Path = RESULTS) -> str:
+    """The README's table of own results, with the markers around it."""
+    groups, _ = group_runs(find_runs([folder])[0])
+    published = read_published()
+    rows = [own_row(group, groups, published) for group in groups]
+    cells = []
+    for row in rows:
+        change = "" if row.change is None else f"{row.change:+.2f}"
+        macs = "" if row.multiply_adds is None else f"{row.multiply_adds / 1e6:.2f} M"
+        macs += f" ({-row.cut_count:+.1f} %)" if row.cut_count else ""
+        name = f"{row.arch} {row.method}{f' {row.pruned:g} %' if row.pruned else ''}: {row.recipe}"
+        figures = [row.seeds, with_interval(row), f"{row.best_epoch_accuracy:.2f}", change, macs]
+        cells.append([name, *figures, f"`{row.commands}`"])
+    header = ["run", "seeds", "last epoch, %", "best epoch, %", "against own baseline", "multiply-adds", "command"]
+    marked = sorted({row.marks for row in rows if row.marks})
+    lines = [BEGIN, markdown_table(header, cells), ""]
+    if marked:
+        lines += [f"Not comparable with published figures: {'; '.join(marked)}.", ""]
+    lines += [f"- {line}" for line in order(groups, published)]
+    return "\n".join([*lines, END]) + "\n"
+
+
+def replace_block(text: str, block: str) -> str:
+    """The README with its generated block renewed.
+
+    Raises:
+        UserError: the markers are not there once each, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UserError(f"README.md must hold '{BEGIN}' and, after it, '{END}', once each; put them back")
+    before, rest = text.split(BEGIN)
+    return before + block.rstrip("\n") + rest.split(END)[1]
+
+
+def report(folders: list[Path], form: str, *, every: bool = False) -> tuple[str, list[str]]:
+    """(rows and what follows from them in one of FORMATS, notes on what was passed over)."""
+    runs, notes = find_runs(folders)
+    groups, repeats = group_runs(runs)
+    published = read_published()
+    rows = make_rows(groups, published, every=every)
+    return FORMATS[form](rows, [*against_published(groups), *order(groups, published)]), notes + repeats
+
+
+def update() -> list[Path]:
+    """Renews what is generated from results/: results/tables.md, results/accuracy.png and the README's table."""
+    readme = ROOT / "README.md"
+    text = replace_block(readme.read_text(encoding="utf-8"), readme_block())
+    groups, _ = group_runs(find_runs([RESULTS])[0])
+    tables, picture = RESULTS / "tables.md", RESULTS / "accuracy.png"
+    checkpoints.replace_file(tables, report([RESULTS], "markdown")[0].encode())
+    draw_accuracy(groups, read_published(), picture)
+    checkpoints.replace_file(readme, text.encode())
+    return [tables, picture, readme]
 
 
 def comparison_line(results: dict) -> str:
@@ -33,23 +93,62 @@ def comparison_line(results: dict) -> str:
     Args:
         results: the content of a run's results.json.
     """
-    if results["synthetic_data"]:
+    marks = not_comparable(results)
+    if marks == "SYNTHETIC DATA":
         return "comparison with the papers: none, the data is SYNTHETIC"
     if results["recipe"] == "finetune":
         return "comparison with the papers: none, the published rows compared here are trained from scratch and this run is not"
+    if results.get("settings", {}).get("widths_of"):
+        return "comparison with the papers: none, they have no small network trained from scratch"
     rows = published_rows(results["dataset"], results["arch"], results["prune_rate"])
     what = f"{results['arch']} on {results['dataset']} with {100 * results['prune_rate']:g} % of the filters removed"
     if not rows:
         return f"comparison with the papers: none, no published row for {what}"
     published = "; ".join(
-        f"{row['method']} {row['acc']}{' +- ' + row['acc_std'] if row['acc_std'] else ''} ({row['source']}"
-        f"{', ' + row['doubt'] if row['doubt'] else ''})"
+        f"{row.method} {row.acc:.2f}{f' +- {row.acc_std:.2f}' if row.acc_std is not None else ''} "
+        f"({row.source}{', ' + row.doubt if row.doubt else ''})"
         for row in rows
     )
-    own = f"this run {results['last_epoch_accuracy']:.2f} (last epoch)"
-    full = RECIPES[results["recipe"]]["epochs"]
-    if results["epochs_run_here"] < full:
-        own += f", NOT COMPARABLE: {results['epochs_run_here']} epochs instead of {full}"
-    elif (results["train_images"], results["test_images"]) != FULL_SIZES.get(results["dataset"]):
-        own += f", NOT COMPARABLE: {results['train_images']} training and {results['test_images']} test images"
+    own = f"this run {results['last_epoch_accuracy']:.2f} (last epoch){f', NOT COMPARABLE: {marks}' if marks else ''}"
     return f"comparison with the papers, {what}: {own}; published, top-1 %: {published}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "results", nargs="*", metavar="RESULTS", help="folders with results.json at any depth (results/ and runs/)"
+    )
+    parser.add_argument("--format", choices=FORMATS, default="text", help="what is printed (text)")
+    parser.add_argument(
+        "--all_published", action="store_true", help="also published rows of networks without an own run"
+    )
+    parser.add_argument("--picture", metavar="PNG", help="also draws accuracy against multiply-adds into this file")
+    parser.add_argument(
+        "--update", action="store_true", help="renews results/tables.md, results/accuracy.png and the README's table"
+    )
+    args = parser.parse_args(argv)
+    if args.update:
+        if args.results:
+            raise UserError("--update works on the project's own results/; leave RESULTS out")
+        for path in update():
+            print(f"written: {show_path(path)}")
+        return
+    folders = [Path(name) for name in args.results] or [path for path in (RESULTS, RUNS) if path.is_dir()]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"'{folder}' is no folder; give folders that hold results.json")
+    text, notes = report(folders, args.format, every=args.all_published)
+    print(text, end="")
+    for note in notes:
+        # Beside a table that goes to a file, not in it.
+        print(f"note: {note}", file=sys.stdout if args.format == "text" else sys.stderr)
+    if args.picture:
+        groups, _ = group_runs(find_runs(folders)[0])
+        draw_accuracy(groups, read_published(), Path(args.picture))
+        print(f"written: {args.picture}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(sys.argv[1:]))
