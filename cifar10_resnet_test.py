@@ -5,6 +5,7 @@
     python cifar10_resnet_test.py DATA --arch vgg16_bn --HTrate 0.6
     python cifar10_resnet_test.py DATA --arch resnet56 --arch_small resnet20 --teacher best.resnet56.pth.tar    # prune and distil
     python cifar10_resnet_test.py --recipe finetune --resume runs/.../checkpoint.resnet20.pth.tar
+    python cifar10_resnet_test.py DATA --recipe baseline --widths_of small.resnet20.pth.tar    # the small network, from scratch
     python cifar10_resnet_test.py DATA --evaluate --resume best.resnet20.pth.tar
 
 DATA holds CIFAR as torchvision stores it (it is downloaded where absent) or an image tree train/<class>/*, test/<class>/*.
@@ -81,6 +82,8 @@ def load_images(args: argparse.Namespace, device: torch.device) -> data.Data:
 
 def build_network(args: argparse.Namespace, num_classes: int, checkpoint: dict | None) -> nn.Module:
     """The network that is trained; with a checkpoint one of its shape, as it may be of a small network, narrower than its name says."""
+    if checkpoint is None and args.widths_of:
+        return models.build_with_widths(args.widths_of, args.student, num_classes)
     if checkpoint is None:
         options = {"head_width": args.head_width} if args.head_width else {}
         return models.build(args.student, num_classes=num_classes, **options)

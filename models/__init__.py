@@ -5,7 +5,17 @@ models.build("vgg16_bn", num_classes=100)
 models.load("best.resnet20.pth.tar")    # a ready network from any checkpoint of the project, a released one, or a small network's file
 """
 
-from models.load import build_like, build_torchvision, infer_options, input_shape, is_torchvisions, load, load_with_name
+from models.initialise import initialise
+from models.load import (
+    build_like,
+    build_torchvision,
+    build_with_widths,
+    infer_options,
+    input_shape,
+    is_torchvisions,
+    load,
+    load_with_name,
+)
 from models.registry import REGISTRY, build, check_arch
 from models.resnet_cifar import resnet20, resnet32, resnet44, resnet56, resnet110
 from models.small import narrow_like
@@ -16,8 +26,10 @@ __all__ = [
     "build",
     "build_like",
     "build_torchvision",
+    "build_with_widths",
     "check_arch",
     "infer_options",
+    "initialise",
     "input_shape",
     "is_torchvisions",
     "load",

@@ -6,6 +6,7 @@ import os
 
 from torch import Tensor, nn
 
+from models.initialise import initialise
 from models.registry import REGISTRY, build
 from models.small import check_narrowed, narrow_like
 from utils import checkpoint as checkpoints
@@ -73,6 +74,29 @@ def build_like(checkpoint: dict, arch: str, path: str | os.PathLike) -> nn.Modul
             # No small network: load_weights says which weight is of another shape.
             return _build_full(checkpoint, arch, path)
     return net
+
+
+def build_with_widths(path: str | os.PathLike, arch: str, num_classes: int) -> nn.Module:
+    """A new, untrained network with the widths of a small network: the control of training it from scratch.
+
+    Args:
+        path: a file of utils.get_small_model, or a checkpoint of a network of that width.
+        arch: the network that it must be of.
+        num_classes: the classes that it must tell apart.
+
+    Raises:
+        UserError: the file is of another network or of other classes.
+    """
+    checkpoint = checkpoints.read(path)
+    found = checkpoint.get("arch", arch)
+    if found != arch:
+        raise UserError(f"'{path}' is a {found}, not a {arch}; use --arch {found}")
+    net = build_like(checkpoint, arch, path)
+    if net.num_classes != num_classes:
+        raise UserError(
+            f"'{path}' tells {net.num_classes} classes apart, the data has {num_classes}; use a small network of the same data set"
+        )
+    return initialise(net)
 
 
 def _build_full(checkpoint: dict, arch: str, path: str | os.PathLike) -> nn.Module:

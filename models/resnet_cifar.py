@@ -6,11 +6,11 @@ channels). State-dict names are those of soft filter pruning and of AHSG-HT's re
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.initialise import initialise
 
 STAGE_WIDTHS = (16, 32, 64)
 
@@ -70,13 +70,7 @@ class CifarResNet(nn.Module):
             self.classifier1 = nn.Linear(STAGE_WIDTHS[2], head_width)
             self.classifier2 = nn.Linear(head_width, num_classes)
         self._two_layers = head_width is not None
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
-                nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
-            elif isinstance(module, nn.Linear):
-                nn.init.kaiming_normal_(module.weight)
-                nn.init.zeros_(module.bias)
+        initialise(self)
 
     def forward(self, x: Tensor, return_features: bool = False):
         """Logits; with return_features (logits, features (B, 64) after pooling, [stage outputs (B, C, H, W)])."""

@@ -6,10 +6,10 @@ The convolutions of configurations A, B, D and E with biases, five max-poolings 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
+
+from models.initialise import initialise
 
 # Output channels of the convolutions, stage by stage; every stage ends in a 2x2 max-pooling.
 STAGES = {
@@ -58,14 +58,7 @@ class CifarVGG(nn.Module):
             nn.Dropout(0.5),
             nn.Linear(512, num_classes),
         )
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
-                nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Linear):
-                nn.init.kaiming_normal_(module.weight)
-                nn.init.zeros_(module.bias)
+        initialise(self)
 
     def forward(self, x: Tensor, return_features: bool = False):
         """Logits; with return_features (logits, features (B, 512) after pooling, [outputs of the five stages])."""

@@ -463,6 +463,39 @@ def test_pruned_run_writes_its_small_network(train):
     assert widths(models.load(tuned / "checkpoint.resnet8.pth.tar")) == widths(small)
 
 
+def test_small_network_from_scratch_has_the_widths_and_new_weights(train):
+    pruned = train("--epochs", "1", "--HTrate", "0.5")
+    file = pruned / "small.resnet8.pth.tar"
+    flags = ("--recipe", "baseline", "--widths_of", file)
+    folder = train(*flags, "--epochs", "2")
+    small, scratch = models.load(file), models.load(folder / "checkpoint.resnet8.pth.tar")
+    assert widths(scratch) == widths(small) != widths(CifarResNet(8, 10))
+    assert difference(scratch, small, images()) > 0.1
+    weights = models.build_with_widths(file, "resnet8", 10).stage_3[0].conv_b.weight
+    assert weights.std().item() == pytest.approx((2 / (9 * len(weights))) ** 0.5, rel=0.05)
+    # In two goes, the second of which finds the widths in its checkpoint.
+    first = train(*flags, "--epochs", "1", "--save_path", "first")
+    file.unlink()
+    train("--recipe", "baseline", "--epochs", "2", "--resume", first / "checkpoint.resnet8.pth.tar")
+    assert difference(models.load(first / "checkpoint.resnet8.pth.tar"), scratch, images()) == 0
+
+
+def test_widths_of_refuses_what_does_not_fit(train, tree, tmp_path):
+    pruned = train("--epochs", "1", "--HTrate", "0.5")
+    small = pruned / "small.resnet8.pth.tar"
+    for flags, message in (
+        (["--widths_of", "nowhere.pth.tar"], "nowhere.pth.tar"),
+        (["--widths_of", small, "--evaluate", "--resume", small], "nothing to evaluate"),
+        (["--widths_of", small, "--recipe", "baseline", "--resume", small], "leave one out"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(*flags)
+    with pytest.raises(UserError, match=r"is a resnet8.*--arch resnet8"):
+        train("--widths_of", small, arch="resnet8_dropout")
+    with pytest.raises(UserError, match=r"10 classes.*3"):
+        models.build_with_widths(small, "resnet8", 3)
+
+
 def test_small_network_is_distilled_further(train, teacher):
     folder = train("--epochs", "1", "--HTrate", "0.5")
     small = folder / "small.resnet8.pth.tar"

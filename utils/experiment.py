@@ -141,6 +141,7 @@ def read_resumed(args: argparse.Namespace) -> dict | None:
 def run_name(args: argparse.Namespace) -> str:
     """The folder in runs/ of a run without --save_path."""
     rate = "" if args.HTrate == 1 else f"-HT{args.HTrate:g}"
+    rate += "-small" if args.widths_of else ""
     return f"{args.recipe}-{args.dataset}-{args.student}{rate}-seed{args.manualSeed}"
 
 

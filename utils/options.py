@@ -135,6 +135,12 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--threshold_every", choices=("step", "epoch"), default="step", help="when filters are thresholded (step)"
     )
+    group.add_argument(
+        "--widths_of",
+        type=path_name,
+        metavar="FILE",
+        help="a new network as narrow as this small network's file: the small network trained from scratch",
+    )
 
     group = parser.add_argument_group("distillation")
     group.add_argument(
@@ -230,6 +236,10 @@ def resolve_recipe(args: argparse.Namespace, given: set[str]) -> argparse.Namesp
         raise UserError(f"--schedule must ascend, got {' '.join(map(str, args.schedule))}")
     if args.recipe == "finetune" and not args.resume:
         raise UserError("recipe finetune starts from a pruned checkpoint; add --resume FILE")
+    if args.widths_of and args.evaluate:
+        raise UserError(
+            f"--widths_of '{args.widths_of}' makes a new network, there is nothing to evaluate; leave one out"
+        )
     if args.evaluate and not args.resume:
         raise UserError("--evaluate tests a trained network; add --resume FILE")
     return args

@@ -19,7 +19,7 @@ from utils.run_folder import RUNS, check_writable, new_run_path
 SAME_RUN = (
     *("recipe", "dataset", "data_path", "batch_size", "k", "growth", "max_batch_size", "no_restart", "learning_rate"),
     *("momentum", "decay", "schedule", "gammas", "HTrate", "v", "heavy_ball", "norm", "threshold_every", "manualSeed"),
-    *("teacher", "loss", "kd_on", "kd_weight", "kd_T", "share_classifier"),
+    *("teacher", "loss", "kd_on", "kd_weight", "kd_T", "share_classifier", "widths_of"),
 )
 # Of these a new run that starts from a checkpoint keeps what describes the network.
 SAME_NETWORK = ("dataset", "HTrate", "norm")
@@ -93,6 +93,10 @@ def find_start(args: argparse.Namespace, given: set[str], checkpoint: dict | Non
     if args.evaluate:
         return Start(None, checkpoint)
     saved = checkpoint.get("settings")
+    if args.widths_of and (saved or {}).get("widths_of") != args.widths_of:
+        raise UserError(
+            f"--widths_of '{args.widths_of}' makes a new network, --resume '{args.resume}' takes one; leave one out"
+        )
     if args.recipe == "finetune" and not saved:
         return Start(new_run_path(args.save_path, name), checkpoint)
     if not saved:
