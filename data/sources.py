@@ -2,6 +2,7 @@
 
 A data path may hold torchvision's own files (cifar-10-batches-py, cifar-100-python) or a tree of images
 train/<class>/*, test/<class>/* (or val/), in the path itself or in a folder named as the data set. Classes are sorted by name.
+What was read once is cached; see data.cache.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.cache import Arrays, fingerprint, read_cached
 from data.images import ImageArrays
 from data.synthetic import CLASSES as SYNTHETIC_CLASSES
 from data.synthetic import make_images
@@ -96,7 +98,7 @@ def load(name: str, path: str | os.PathLike, *, seed: int = 0, download: bool = 
             arrays, classes = _read_tree(found, name, spec)
             source = f"image tree {found[0].parent}"
         else:
-            arrays, classes = _read_torchvision_files(found, spec)
+            arrays, classes = _read_torchvision_files(found, name, spec)
             source = f"torchvision's files in {found / spec.torchvision_folder}"
     if spec.mean is not None:
         mean, std = ([value / 255 for value in values] for values in (spec.mean, spec.std))
@@ -192,7 +194,13 @@ def _answers(url: str) -> bool:
     return answered.is_set()
 
 
-def _read_torchvision_files(root: Path, spec: Spec):
+def _read_torchvision_files(root: Path, name: str, spec: Spec) -> Arrays:
+    with os.scandir(root / spec.torchvision_folder) as entries:
+        mark = fingerprint(sorted(((e.name, e.stat()) for e in entries if e.is_file()), key=lambda pair: pair[0]))
+    return read_cached(root, name, mark, SIZE, lambda: _unpack_torchvision_files(root, spec))
+
+
+def _unpack_torchvision_files(root: Path, spec: Spec) -> Arrays:
     dataset_class = getattr(import_torchvision().datasets, spec.torchvision_class)
     arrays = {}
     for split in ("train", "test"):
@@ -207,7 +215,7 @@ def _read_torchvision_files(root: Path, spec: Spec):
     return arrays, list(dataset.classes)
 
 
-def _read_tree(tree: tuple[Path, Path], name: str, spec: Spec):
+def _read_tree(tree: tuple[Path, Path], name: str, spec: Spec) -> Arrays:
     folders = {split: _class_folders(folder) for split, folder in zip(("train", "test"), tree, strict=True)}
     classes = sorted(folders["train"])
     if sorted(folders["test"]) != classes:
@@ -219,9 +227,23 @@ def _read_tree(tree: tuple[Path, Path], name: str, spec: Spec):
         raise UserError(
             f"'{tree[0]}' has {len(classes)} class folders, {name} has {spec.classes}; for images of your own use --dataset folder"
         )
+    files = [
+        (f"{split}/{c}/{entry.name}", _stat(entry)) for split in folders for c in classes for entry in folders[split][c]
+    ]
+    return read_cached(tree[0].parent, "tree", fingerprint(files), SIZE, lambda: _decode_tree(folders, classes))
+
+
+def _stat(entry: os.DirEntry) -> os.stat_result:
+    try:
+        return entry.stat()
+    except OSError as error:
+        raise UserError(f"cannot read the image '{entry.path}' ({error.strerror}); mend or remove it") from None
+
+
+def _decode_tree(folders: dict[str, dict[str, list[os.DirEntry]]], classes: list[str]) -> Arrays:
     arrays = {}
     for split, by_class in folders.items():
-        files = [(file, label) for label, c in enumerate(classes) for file in by_class[c]]
+        files = [(entry.path, label) for label, c in enumerate(classes) for entry in by_class[c]]
         images = torch.empty(len(files), 3, SIZE, SIZE, dtype=torch.uint8)
         # One after another: decoding such small images hardly leaves the interpreter's lock, threads made it twice as slow.
         for i, (file, _) in enumerate(files):
@@ -230,16 +252,14 @@ def _read_tree(tree: tuple[Path, Path], name: str, spec: Spec):
     return arrays, classes
 
 
-def _class_folders(folder: Path) -> dict[str, list[str]]:
-    """{class name: sorted image files}."""
+def _class_folders(folder: Path) -> dict[str, list[os.DirEntry]]:
+    """{class name: image files, sorted by name}."""
     found = {}
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         if entry.is_dir() and not entry.name.startswith("."):
-            files = sorted(
-                f.path
-                for f in os.scandir(entry.path)
-                if f.name.lower().endswith(IMAGE_SUFFIXES) and not f.name.startswith(".")
-            )
+            with os.scandir(entry.path) as contents:
+                files = [f for f in contents if f.name.lower().endswith(IMAGE_SUFFIXES) and not f.name.startswith(".")]
+            files.sort(key=lambda f: f.name)
             if not files:
                 raise UserError(
                     f"class folder '{entry.path}' has no images ({', '.join(IMAGE_SUFFIXES)}); fill it or remove it"
