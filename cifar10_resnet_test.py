@@ -23,11 +23,11 @@ from torch import nn
 
 import data
 import models
-from utils.device import choose_device
+from utils.distributed import from_first, is_first, on_all, process_group
 from utils.errors import UserError, run_main
 from utils.experiment import Experiment, load_teacher, prepare_process, read_resumed, run_name
 from utils.options import OneLineParser, add_training_options, resolve_recipe
-from utils.resume import adopt_settings, find_start
+from utils.resume import Start, adopt_settings, find_start
 
 SCRIPT = "cifar10_resnet_test.py"
 
@@ -66,9 +66,16 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return settle(*parser().parse_given(argv))
 
 
+def choose_start(args: argparse.Namespace, given: set[str]) -> tuple[argparse.Namespace, Start]:
+    """The settings, and where the run starts."""
+    checkpoint = read_resumed(args)
+    settle(args, given, checkpoint)
+    return args, find_start(args, given, checkpoint, args.student, run_name(args))
+
+
 def load_images(args: argparse.Namespace, device: torch.device) -> data.Data:
     """The data set in memory: the GPU's where there is one."""
-    if args.dataset == "synthetic":
+    if args.dataset == "synthetic" and is_first():
         print(
             "SYNTHETIC DATA: images made by code, to try the software. NO FIGURE OF THIS RUN SAYS ANYTHING ABOUT CIFAR."
         )
@@ -100,16 +107,14 @@ def main(argv: list[str] | None = None) -> Path | None:
     """Runs the command line (the process's own by default); returns the run's folder, None after --evaluate."""
     argv = sys.argv[1:] if argv is None else argv
     args, given = parser().parse_given(argv)
-    device = choose_device(args.ngpu)
-    checkpoint = read_resumed(args)
-    settle(args, given, checkpoint)
-    start = find_start(args, given, checkpoint, args.student, run_name(args))
-    teacher = load_teacher(args, SCRIPT)
-    prepare_process(args)
-    images = load_images(args, device)
-    net = build_network(args, len(images.classes), start.checkpoint)
-    net.to(device, memory_format=torch.channels_last)
-    return Experiment(SCRIPT, argv, args, start, images, net, teacher, device).run()
+    with process_group(args.ngpu, args.dist_timeout) as device:
+        args, start = from_first(lambda: choose_start(args, given))
+        teacher = on_all(lambda: load_teacher(args, SCRIPT))
+        prepare_process(args)
+        images = on_all(lambda: load_images(args, device))
+        net = on_all(lambda: build_network(args, len(images.classes), start.checkpoint))
+        net.to(device, memory_format=torch.channels_last)
+        return Experiment(SCRIPT, argv, args, start, images, net, teacher, device).run()
 
 
 if __name__ == "__main__":

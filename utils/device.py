@@ -20,8 +20,10 @@ def choose_device(ngpu: int | None) -> torch.device:
         UserError: more GPUs are asked for than one process uses, or one where there is none.
     """
     if ngpu is not None and ngpu > 1:
-        raise UserError(f"--ngpu {ngpu}: one process trains on one GPU; use --ngpu 1")
-    if ngpu == 1 and not torch.cuda.is_available():
+        raise UserError(
+            f"--ngpu {ngpu}: one process trains on one GPU; start {ngpu} processes with torchrun --nproc_per_node {ngpu} SCRIPT ... --ngpu 1"
+        )
+    if ngpu == 1 and not torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
         # The release's command lines all say --ngpu 1; on a machine without a GPU the CPU does the same work.
         print("--ngpu 1, but there is no CUDA GPU here: using the CPU")
     return torch.device("cuda" if ngpu != 0 and torch.cuda.is_available() else "cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from AHSG_HT import AHSG_HT
+from utils.distributed import sum_over_ranks, world_size
 from utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """Means over one pass: loss, top-1 and top-5 in percent, wall-clock seconds, images per second."""
+    """Means over one pass and all ranks: loss, top-1 and top-5 in percent; wall-clock seconds, images per second."""
 
     loss: float
     top1: float
@@ -26,25 +28,28 @@ class PassResult:
 
 
 class RunningMeans:
-    """Sums of loss and correct answers, kept on the device; reading them waits for it."""
+    """Sums of loss, correct answers and images, kept on the device; reading them waits for it and for the other ranks."""
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-        self.images = 0
+        self.sums = torch.zeros(4, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
         self.begin = time.perf_counter()
 
     @torch.no_grad()
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Adds a mini-batch: its mean loss, logits (B, classes), labels (B,)."""
+        """Adds a mini-batch or this rank's share of one: its mean loss, logits (B, classes), labels (B,)."""
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = best == labels[:, None]
-        self.sums += torch.stack([loss.detach().double() * len(labels), hits[:, 0].sum().double(), hits.sum().double()])
-        self.images += len(labels)
+        self.sums[:3] += torch.stack(
+            [loss.detach().double() * len(labels), hits[:, 0].sum().double(), hits.sum().double()]
+        )
+        self.sums[3] += len(labels)
 
     def read(self) -> PassResult:
-        loss, top1, top5 = (self.sums / max(self.images, 1)).tolist()
+        """The means so far, over all ranks: every rank must read equally often."""
+        *sums, images = sum_over_ranks(self.sums).tolist()
+        loss, top1, top5 = (value / max(images, 1) for value in sums)
         seconds = time.perf_counter() - self.begin
-        return PassResult(loss, 100 * top1, 100 * top5, seconds, self.images / seconds)
+        return PassResult(loss, 100 * top1, 100 * top5, seconds, images / seconds)
 
 
 def train_epoch(
@@ -56,6 +61,7 @@ def train_epoch(
     *,
     epoch: int,
     threshold_every: str = "step",
+    max_images: int | None = None,
     on_step: Callable[[int, int, RunningMeans], None] = lambda t, size, means: None,
 ) -> PassResult:
     """One pass over the training data.
@@ -67,6 +73,7 @@ def train_epoch(
         optimizer: AHSG_HT gets the release's calling order, any other a plain step().
         epoch: its number, from 0.
         threshold_every: "step", or "epoch": filters are thresholded after the epoch's last mini-batch only.
+        max_images: images that a process takes through the network at once; see add_gradients.
         on_step: called after every mini-batch with its number, its size and the means so far.
 
     Raises:
@@ -78,16 +85,14 @@ def train_epoch(
     for t, (images, labels) in enumerate(loader):
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
         labels = labels.to(device, non_blocking=True)
-        loss, logits = objective(net, images, labels)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        add_gradients(net, objective, images, labels, sizes[t], max_images, means)
         if isinstance(optimizer, AHSG_HT):
             final = int(threshold_every == "step" or t == len(sizes) - 1)
             optimizer.update_HSG(1)
             optimizer.step(None, sizes[t] / sizes[0], epoch, final)
         else:
             optimizer.step()
-        means.add(loss, logits, labels)
         on_step(t, sizes[t], means)
     result = means.read()
     if not torch.isfinite(torch.tensor(result.loss)):
@@ -98,16 +103,48 @@ def train_epoch(
     return result
 
 
+def add_gradients(
+    net: nn.Module,
+    objective: Callable,
+    images: Tensor,
+    labels: Tensor,
+    size: int,
+    max_images: int | None,
+    means: RunningMeans,
+) -> None:
+    """Adds the gradient of the mean over a mini-batch of `size` images to the parameters.
+
+    Args:
+        images, labels: those of the mini-batch that this process has: all, or its rank's share, which may be empty. Images that could
+            not be read are missing; they count as images without a gradient.
+        size: of the whole mini-batch.
+        max_images: the share is taken in parts of at most so many images, None for at once. The gradient is the same but for
+            BatchNorm, whose statistics are those of each part.
+        means: get the losses and answers.
+    """
+    parts = -(-len(labels) // max_images) if max_images and len(labels) else 1
+    for part, (x, y) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)):
+        # The ranks exchange what has been added up over the parts, once.
+        held_back = part < parts - 1 and hasattr(objective, "no_sync")
+        with objective.no_sync() if held_back else nullcontext():
+            loss, logits = objective(net, x, y)
+            # The loss is a mean over len(y), and DistributedDataParallel divides by the number of ranks.
+            weight = world_size() * len(y) / size
+            (loss if weight == 1 else loss * weight).backward()
+        means.add(loss, logits, y)
+
+
 @torch.no_grad()
 def evaluate(net: nn.Module, loader, device: torch.device) -> PassResult:
-    """Cross-entropy and accuracy of a network, in eval mode, over a loader."""
+    """Cross-entropy and accuracy of a network, in eval mode, over a loader whose mini-batches are split over ranks."""
     was_training = net.training
     net.eval()
     means = RunningMeans(device)
     for images, labels in loader:
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
         labels = labels.to(device, non_blocking=True)
-        logits = net(images)
-        means.add(F.cross_entropy(logits, labels), logits, labels)
+        if len(labels):
+            logits = net(images)
+            means.add(F.cross_entropy(logits, labels), logits, labels)
     net.train(was_training)
     return means.read()

@@ -10,7 +10,13 @@ import torch
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line that names the value and the remedy."""
+    """Something the user can mend. The message is one line that names the value and the remedy.
+
+    Attributes:
+        of_one_rank: only one of several processes may know of it; others are made by all alike, and rank 0 speaks for all.
+    """
+
+    of_one_rank = False
 
 
 def run_main(main: Callable[[], object]) -> None:
@@ -20,7 +26,7 @@ def run_main(main: Callable[[], object]) -> None:
         main()
         sys.stdout.flush()
     except UserError as error:
-        _stop(str(error))
+        _stop(str(error), error.of_one_rank)
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; Python must not try to flush to it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -34,7 +40,10 @@ def run_main(main: Callable[[], object]) -> None:
         sys.exit(130)
 
 
-def _stop(message: str) -> None:
+def _stop(message: str, of_one_rank: bool = True) -> None:
     sys.stdout.flush()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or of_one_rank:
+        who = f"rank {rank}: " if "RANK" in os.environ and of_one_rank else ""
+        print(f"error: {who}{' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -19,12 +19,22 @@ from utils import checkpoint as checkpoints
 from utils.compare_tables import comparison_line
 from utils.device import flush_denormals, seed_everything
 from utils.distillation import Distillation, checksum, share_classifier
+from utils.distributed import (
+    LostRank,
+    ParallelObjective,
+    first_line,
+    is_first,
+    is_lost_connection,
+    local_world_size,
+    rank,
+    world_size,
+)
 from utils.engine import evaluate
 from utils.errors import UserError
 from utils.objective import cross_entropy
 from utils.plan import format_plan, make_plan
 from utils.resume import Start
-from utils.run_folder import RunFolder
+from utils.run_folder import RunFolder, SilentFolder
 from utils.training import Training, format_pass
 
 EVALUATION_BATCH = 500
@@ -55,6 +65,14 @@ class Experiment:
 
     def run(self) -> Path | None:
         """Trains, or with --evaluate only tests; returns the run's folder, None after --evaluate."""
+        try:
+            return self._run()
+        except RuntimeError as error:
+            if is_lost_connection(error):
+                raise LostRank(self.describe_loss(error)) from None
+            raise
+
+    def _run(self) -> Path | None:
         test_loader = data.DataLoader(self.images.test, EVALUATION_BATCH)
         if self.args.evaluate:
             self.evaluate(test_loader)
@@ -63,10 +81,14 @@ class Experiment:
         train_loader = build_train_loader(self.images, self.args)
         objective, facts = build_objective(self.teacher, self.net, self.images, test_loader, self.args, self.device)
         optimizer = build_optimizer(self.net, getattr(objective, "adapters", None), self.args)
+        if world_size() > 1:
+            objective = ParallelObjective(self.net, objective, self.device)
+            # Every rank its own dropout.
+            torch.manual_seed(self.args.manualSeed + rank() * 0x9E3779B1)
         sizes = {"train_images": len(self.images.train), "test_images": len(self.images.test)}
         training = Training(
             args=self.args,
-            run=RunFolder(self.start.folder, self.args.manualSeed, new=not self.start.folder_is_its_own),
+            run=self.open_folder(),
             arch=self.args.student,
             num_classes=len(self.images.classes),
             net=self.net,
@@ -77,7 +99,7 @@ class Experiment:
             device=self.device,
             plan=plan,
             data_source=self.images.source,
-            facts={"command": shlex.join(["python", self.script, *self.argv]), **sizes, **facts},
+            facts={"command": shlex.join([*launcher(), self.script, *self.argv]), **sizes, **facts},
         )
         if self.start.checkpoint:
             training.restore(self.start.checkpoint, self.args.resume, continues=self.start.continues)
@@ -91,12 +113,27 @@ class Experiment:
             training.run.log(comparison_line(results))
         return self.start.folder
 
+    def open_folder(self) -> RunFolder:
+        if not is_first():
+            return SilentFolder(self.start.folder)
+        return RunFolder(self.start.folder, self.args.manualSeed, new=not self.start.folder_is_its_own)
+
     def evaluate(self, test_loader) -> None:
         """Tests the network of --resume and prints the release's line."""
         args = self.args
         checkpoints.load_weights(self.net, self.start.checkpoint["state_dict"], args.resume)
-        print(f"{args.student} of {args.resume} on {len(self.images.test)} test images ({self.images.source})")
-        print(format_pass("Test", evaluate(self.net, test_loader, self.device)))
+        tested = evaluate(self.net, test_loader, self.device)
+        if is_first():
+            print(f"{args.student} of {args.resume} on {len(self.images.test)} test images ({self.images.source})")
+            print(format_pass("Test", tested))
+
+    def describe_loss(self, error: Exception) -> str:
+        """What is left of a run of which a rank has died."""
+        text = f"of {world_size()} processes one has died or does not answer ({first_line(error)[:200]})"
+        saved = self.start.folder and self.start.folder / f"checkpoint.{self.args.student}.pth.tar"
+        if not saved or not saved.is_file():
+            return f"{text}; no checkpoint had been written: start the run again"
+        return f"{text}; the last checkpoint is intact, with any number of processes continue with --resume {shlex.quote(str(saved))}"
 
     def log_settings(self, training: Training) -> None:
         """Everything that decides the result, before the first epoch."""
@@ -108,6 +145,11 @@ class Experiment:
         log(
             f"device: {self.device}, {torch.get_num_threads()} CPU threads; optimizer: {type(training.optimizer).__name__}"
         )
+        if world_size() > 1:
+            log(
+                f"processes: {world_size()}, {local_world_size()} on this machine, {torch.distributed.get_backend()}; sizes of mini-batches are over "
+                f"all of them; BatchNorm's statistics are over {'all' if args.sync_bn else 'the share of each'}"
+            )
         for name, value in training.facts.get("teacher", {}).items():
             log(f"teacher {name}: {value}")
         log(f"keeping HTrate={args.HTrate:g} of the filters, that is prune_rate={args.prune_rate:g} removed")
@@ -125,6 +167,15 @@ class Experiment:
             log(
                 f"nothing left to do: {args.resume} has {training.epochs_done} of {args.epochs} epochs; a larger --epochs trains on"
             )
+
+
+def launcher() -> list[str]:
+    """The words before the script's name in a command line that starts this run again."""
+    if world_size() == 1:
+        return ["python"]
+    machines = world_size() // local_world_size()
+    nodes = ["--nnodes", str(machines)] if machines > 1 else []
+    return ["torchrun", *nodes, "--nproc_per_node", str(local_world_size())]
 
 
 def prepare_process(args: argparse.Namespace) -> None:
@@ -178,7 +229,8 @@ def build_objective(
         )
     teacher.to(device, memory_format=torch.channels_last)
     tested = evaluate(teacher, test_loader, device)
-    print(f"teacher {args.teacher_arch} of {args.teacher}: {format_pass('Teacher', tested).strip()}", flush=True)
+    if is_first():
+        print(f"teacher {args.teacher_arch} of {args.teacher}: {format_pass('Teacher', tested).strip()}", flush=True)
     # A network that knows nothing scores 100/classes with this standard deviation.
     chance = 100 / classes
     spread = math.sqrt(chance * (100 - chance) / len(images.test))
@@ -210,6 +262,10 @@ def build_optimizer(net: nn.Module, adapters: nn.Module | None, args: argparse.N
 
 def build_train_loader(images: data.Data, args: argparse.Namespace) -> data.DataLoader:
     """The growing loader over the training images."""
+    if args.batch_size < world_size():
+        raise UserError(
+            f"--batch_size {args.batch_size} leaves some of {world_size()} processes without an image; use a larger one, or fewer processes"
+        )
     if args.batch_size > len(images.train):
         raise UserError(
             f"--batch_size {args.batch_size} is more than the {len(images.train)} training images; use a smaller one"

@@ -156,6 +156,22 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         "--head_width", type=count, help="two-layer head of this width for a CIFAR ResNet (released checkpoint: 20)"
     )
 
+    group = parser.add_argument_group("several processes (torchrun), memory")
+    group.add_argument(
+        "--max_images_per_step",
+        type=count,
+        metavar="N",
+        help="images that a process takes through the network at once; larger shares of a mini-batch are added up (no bound)",
+    )
+    group.add_argument(
+        "--sync_bn",
+        action="store_true",
+        help="BatchNorm statistics over all processes (GPUs; default: over each process's share)",
+    )
+    group.add_argument(
+        "--dist_timeout", type=positive, default=600, metavar="S", help="give a silent process up after S seconds (600)"
+    )
+
     group = parser.add_argument_group("run")
     group.add_argument(
         "--save_path",
@@ -174,7 +190,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--print_freq", "--print_frequency", type=count, default=200, help="mini-batches between log lines (200)"
     )
-    group.add_argument("--ngpu", type=whole, help="0: CPU; 1: one GPU (default: a GPU where there is one)")
+    group.add_argument("--ngpu", type=whole, help="0: CPU; 1: one GPU per process (default: a GPU where there is one)")
     group.add_argument(
         "--use_state_dict", action="store_true", help="taken for the release's command lines; always so here"
     )

@@ -7,6 +7,7 @@ import time
 
 from tqdm import tqdm
 
+from utils.distributed import is_first
 from utils.engine import RunningMeans
 from utils.run_folder import RunFolder
 
@@ -24,7 +25,7 @@ class EpochProgress:
     def __init__(self, run: RunFolder, epoch: int, epochs: int, steps: int, print_freq: int):
         self.run, self.epoch, self.steps, self.print_freq = run, epoch, steps, print_freq
         self.bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and is_first():
             self.bar = tqdm(
                 total=steps, desc=f"epoch {epoch + 1}/{epochs}", unit="batch", dynamic_ncols=True, leave=False
             )

@@ -20,6 +20,7 @@ SAME_RUN = (
     *("recipe", "dataset", "data_path", "batch_size", "k", "growth", "max_batch_size", "no_restart", "learning_rate"),
     *("momentum", "decay", "schedule", "gammas", "HTrate", "v", "heavy_ball", "norm", "threshold_every", "manualSeed"),
     *("teacher", "loss", "kd_on", "kd_weight", "kd_T", "share_classifier", "widths_of"),
+    *("max_images_per_step", "sync_bn"),
 )
 # Of these a new run that starts from a checkpoint keeps what describes the network.
 SAME_NETWORK = ("dataset", "HTrate", "norm")

@@ -75,6 +75,18 @@ class RunFolder:
         checkpoints.replace_file(self.path / "results.json", text.encode())
 
 
+class SilentFolder(RunFolder):
+    """The run's folder as ranks other than the first have it: its path, and nothing is written or printed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def _nothing(self, *_, **__) -> None:
+        pass
+
+    log = save_checkpoint = write_metrics = write_results = _nothing
+
+
 def _finite(value):
     """Numbers that JSON does not know (a diverged loss) as null."""
     if isinstance(value, dict):

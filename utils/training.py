@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from AHSG_HT import AHSG_HT
 from utils import checkpoint as checkpoints
 from utils.curves import draw_curves
 from utils.device import describe_machine, describe_versions
+from utils.distributed import average_batchnorm, gather, is_first, rank, world_size
 from utils.engine import PassResult, evaluate, train_epoch
 from utils.errors import UserError
 from utils.get_small_model import table, write_small
@@ -96,12 +99,15 @@ class Training:
                     self.device,
                     epoch=epoch,
                     threshold_every=args.threshold_every,
+                    max_images=args.max_images_per_step,
                     on_step=progress.on_step,
                 )
+            average_batchnorm(self.net)
             self.run.log(format_pass("Train", trained))
             tested = evaluate(self.net, self.test_loader, self.device)
             self.run.log(format_pass("Test", tested))
             kept = kept_filters(self.net)
+            check_same_on_all_ranks(kept, epoch)
             if self.thresholds:
                 check_plan(self.plan, kept, self.start)
                 self.run.log(f"  **Filters** zero: {count_zero_filters(self.plan, kept)}")
@@ -127,7 +133,7 @@ class Training:
         if not history:
             return None
         # Also when no epoch was left: the run may have been killed between its last checkpoint and its results.
-        if self.thresholds:
+        if self.thresholds and is_first():
             self.facts["small"] = self.write_small()
         return self.write_results(kept_filters(self.net), curves=True)
 
@@ -136,7 +142,7 @@ class Training:
         results = self.results(kept)
         self.run.write_metrics(self.history)
         self.run.write_results(results)
-        if curves:
+        if curves and is_first():
             draw_curves(self.history, self.title(), self.run.path / "curves.png")
         return results
 
@@ -145,7 +151,9 @@ class Training:
         return f"{self.arch} on {self.args.dataset}: {self.args.recipe}{kept}, batch {self.args.batch_size}, seed {self.args.manualSeed}"
 
     def checkpoint(self) -> dict:
-        """The keys of the release (epoch, arch, state_dict, best_prec1, optimizer), and what exact resumption needs."""
+        """The keys of the release (epoch, arch, state_dict, best_prec1, optimizer), and what exact resumption needs. All ranks
+        must ask for it together."""
+        random_states = gather(checkpoints.random_states())
         return {
             "epoch": self.epochs_done,
             "arch": self.arch,
@@ -156,7 +164,8 @@ class Training:
             "dataset": self.args.dataset,
             "settings": vars(self.args),
             "history": self.history,
-            "random_states": checkpoints.random_states(),
+            "random_states": random_states[0],
+            **({"random_states_of_ranks": random_states} if world_size() > 1 else {}),
             "loader": self.train_loader.state_dict(),
             # The student's weights stay deployable by themselves: what only training needs is kept apart.
             **({"adapters": self.adapters.state_dict()} if self.adapters is not None else {}),
@@ -185,7 +194,14 @@ class Training:
             self.history.extend(checkpoint["history"])
             self.best = checkpoint["best_prec1"]
             self.train_loader.load_state_dict(checkpoint["loader"])
-            checkpoints.restore_random_states(checkpoint["random_states"])
+            states = checkpoint.get("random_states_of_ranks", [checkpoint["random_states"]])
+            if rank() == 0 or len(states) == world_size():
+                checkpoints.restore_random_states(states[rank()])
+            if len(states) != world_size():
+                self.run.log(
+                    f"note: '{path}' was written by {len(states)} processes, this run has {world_size()}: mini-batches and weights go on as "
+                    "they were; BatchNorm's statistics and dropout depend on how a mini-batch is split"
+                )
 
     def write_small(self) -> dict:
         """Cuts the zeroed filters out and writes small.<arch>.pth.tar; what results.json says of it."""
@@ -222,6 +238,7 @@ class Training:
             "arch": self.arch,
             "num_classes": self.num_classes,
             "seed": self.args.manualSeed,
+            "processes": world_size(),
             "epochs_done": self.epochs_done,
             "epochs_run_here": len(rows),
             "last_epoch_accuracy": rows[-1]["test_acc"],
@@ -245,6 +262,17 @@ class Training:
             "machine": describe_machine(self.device),
             "versions": describe_versions(),
         }
+
+
+def check_same_on_all_ranks(kept: dict[str, list[int]], epoch: int) -> None:
+    """Raises UserError on every rank when the ranks do not keep the same filters. They decide without a word to each other."""
+    digests = gather(hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16])
+    other = next((r for r, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is not None:
+        raise UserError(
+            f"after epoch {epoch} ranks 0 and {other} keep different filters ({digests[0]} and {digests[other]}): their weights have parted; "
+            "resume the last checkpoint, and look for a machine that computes wrongly"
+        )
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str) -> None:
