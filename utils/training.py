@@ -15,6 +15,7 @@ from torch import nn
 
 from AHSG_HT import AHSG_HT
 from utils import checkpoint as checkpoints
+from utils.counts import multiply_adds
 from utils.curves import draw_curves
 from utils.device import describe_machine, describe_versions
 from utils.distributed import average_batchnorm, gather, is_first, rank, world_size
@@ -133,6 +134,8 @@ class Training:
         if not history:
             return None
         # Also when no epoch was left: the run may have been killed between its last checkpoint and its results.
+        if is_first():
+            self.facts["network"] = self.count_network()
         if self.thresholds and is_first():
             self.facts["small"] = self.write_small()
         return self.write_results(kept_filters(self.net), curves=True)
@@ -202,6 +205,12 @@ class Training:
                     f"note: '{path}' was written by {len(states)} processes, this run has {world_size()}: mini-batches and weights go on as "
                     "they were; BatchNorm's statistics and dropout depend on how a mini-batch is split"
                 )
+
+    def count_network(self) -> dict[str, int]:
+        """What results.json says of the network that was trained, its zeroed filters included."""
+        net, images = copy.deepcopy(self.net).cpu(), next(iter(self.test_loader))[0][:1].cpu()
+        macs = sum(multiply_adds(net, images).values())
+        return {"multiply_adds": macs, "parameters": sum(p.numel() for p in net.parameters())}
 
     def write_small(self) -> dict:
         """Cuts the zeroed filters out and writes small.<arch>.pth.tar; what results.json says of it."""
