@@ -36,6 +36,7 @@ def put(tmp_path):
             **dict(seed=seed, epochs_done=own["epochs"], epochs_run_here=own["epochs"], train_images=50_000),
             **dict(test_images=10_000, last_epoch_accuracy=last, best_epoch_accuracy=last + 0.5, HTrate=own["HTrate"]),
             **dict(prune_rate=round(1 - own["HTrate"], 12), settings=own, command=f"python train.py --name {name}"),
+            "filters": [{"name": "conv_1_3x3.weight", "shape": [16, 3, 3, 3], "kept_indices": list(range(16))}],
             **({"small": {"before": WHOLE, "after": {"multiply_adds": 20_275_520, "parameters": 134_861}}}),
             **(changes or {}),
         }

@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 
 from utils import checkpoint as checkpoints
 from utils.errors import UserError
-from utils.own_runs import Group
+from utils.own_runs import Group, odd_data
 from utils.published import Published
 
 # Distance of two labels, as a share of the panel's height.
@@ -36,15 +36,11 @@ def draw_accuracy(groups: list[Group], published: list[Published], path: Path) -
         points += [p for group in own if not group.marks and (p := _own_point(group))]
         if points:
             panels.append((f"{kind[1]} on {kind[0]}", points, False))
-        for marks in sorted({"epochs" if "epochs instead" in g.marks else g.marks for g in own if g.marks}):
-            points = [
-                p
-                for g in own
-                if ("epochs instead" in g.marks if marks == "epochs" else g.marks == marks) and (p := _own_point(g))
-            ]
-            title = "shortened recipes" if marks == "epochs" else marks
+        for odd in sorted({odd_data(group.first) for group in own}):
+            points = [p for g in own if g.marks and odd_data(g.first) == odd and (p := _own_point(g))]
             if points:
-                panels.append((f"{kind[1]} on {kind[0]}, {title}: not comparable with published figures", points, True))
+                title = f"{kind[1]} on {kind[0]}, {odd or 'shortened recipes'}: not comparable with published figures"
+                panels.append((title, points, True))
     if not panels:
         raise UserError("no run whose multiply-adds are known: nothing to draw")
     heights = [max(3.2, 0.8 + 0.27 * len(points)) for _, points, _ in panels]

@@ -23,7 +23,7 @@ from utils.compare_rows import against_published, make_rows, own_row
 from utils.errors import UserError, run_main
 from utils.method_order import order
 from utils.options import OneLineParser
-from utils.own_runs import ROOT, find_runs, group_runs, not_comparable, show_path
+from utils.own_runs import ROOT, find_runs, group_runs, not_comparable, odd_data, show_path
 from utils.published import published_rows, read_published
 from utils.run_folder import RUNS
 from utils.table_formats import FORMATS, markdown_table, with_interval
@@ -94,7 +94,7 @@ def comparison_line(results: dict) -> str:
         results: the content of a run's results.json.
     """
     marks = not_comparable(results)
-    if marks == "SYNTHETIC DATA":
+    if odd_data(results) == "SYNTHETIC DATA":
         return "comparison with the papers: none, the data is SYNTHETIC"
     if results["recipe"] == "finetune":
         return "comparison with the papers: none, the published rows compared here are trained from scratch and this run is not"

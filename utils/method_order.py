@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 
-from utils.own_runs import Group
+from utils.own_runs import Group, odd_data
 from utils.published import Published
 from utils.seed_statistics import half_width_from_test_images, half_width_of_difference
 
@@ -76,8 +76,8 @@ def _comparable(groups: list[Group]) -> list[tuple[list[Group], str]]:
     for (kind, length), members in sets.items():
         if len(members) > 1:
             recipe = "full recipes" if length == "full" else f"{length[0]} epochs"
-            marks = {group.marks for group in members if "epochs instead" not in group.marks} - {""}
-            title = f"{kind[1]} on {kind[0]}, {recipe}{f', {marks.pop()}' if marks else ''}"
+            odd = odd_data(members[0].first)
+            title = f"{kind[1]} on {kind[0]}, {recipe}{f', {odd}' if odd else ''}"
             found.append((members, title))
     return found
 

@@ -150,7 +150,7 @@ def defaults(recipe: str) -> dict:
     parser = OneLineParser()
     add_training_options(parser)
     options = vars(parser.parse_args([]))
-    return {"widths_of": None, **options, **RECIPES.get(recipe, {}), "loss": "MSE", "kd_on": "feature"}
+    return {**options, **RECIPES.get(recipe, {}), "loss": "MSE", "kd_on": "feature"}
 
 
 def method(results: dict) -> str:
@@ -188,7 +188,8 @@ def recipe_key(results: dict) -> tuple:
     values = {
         **{name: known.get(name) for name in names},
         **{"teacher": (teacher.get("arch"), teacher.get("sha256")), "images": images},
-        "widths": tuple(tuple(layer["shape"]) for layer in results.get("filters", [])) if known["widths_of"] else None,
+        # Small networks of one rate agree in their narrowest layer; the width of the residual stream differs from seed to seed.
+        "narrowest": min(layer["shape"][0] for layer in results["filters"]) if known["widths_of"] else None,
     }
     return tuple((name, _hashable(value)) for name, value in sorted(values.items()))
 
@@ -197,7 +198,7 @@ def recipe_text(results: dict) -> str:
     """The recipe in words: its epochs, and in what it differs from the recipe of its name."""
     usual = dict(defaults(results["recipe"]))
     given = dict(recipe_key(results))
-    parts = [f"{given['epochs']} epochs"]
+    parts = [f"{given['epochs']} epoch{'s' if given['epochs'] > 1 else ''}"]
     # A shortened run may follow the schedule of its own recipe or, to be comparable with the others, the baseline's.
     for recipe in (usual, RECIPES["baseline"]):
         fitted = tuple(fit_schedule(recipe["schedule"], given["epochs"], recipe["epochs"]))
@@ -206,7 +207,7 @@ def recipe_text(results: dict) -> str:
     if (teacher := results.get("teacher")) and results["settings"].get("teacher"):
         parts.append(f"teacher {teacher['arch']} of {teacher['accuracy']:.2f} %")
     for name, value in given.items():
-        if name in ("epochs", "teacher", "images", "widths") or value == _hashable(usual.get(name)):
+        if name in ("epochs", "teacher", "images", "narrowest") or value == _hashable(usual.get(name)):
             continue
         text = " ".join(map(str, value)) if isinstance(value, tuple) else value
         parts.append(PHRASES.get((name, value), f"{name} {text}"))
@@ -217,19 +218,27 @@ def _hashable(value):
     return tuple(value) if isinstance(value, list) else value
 
 
-def not_comparable(results: dict) -> str:
-    """Why a run's accuracy must not be set beside published ones; "" where it may."""
+def odd_data(results: dict) -> str:
+    """Why a run's images are not those of published figures; "" where they are."""
     if results["synthetic_data"] if "synthetic_data" in results else results["dataset"] == "synthetic":
         return "SYNTHETIC DATA"
     sizes = results.get("train_images"), results.get("test_images")
     full_sizes = FULL_SIZES.get(results["dataset"])
     if full_sizes is None:
         return "own data"
-    if None not in sizes and sizes != full_sizes:
-        return f"{sizes[0]} training and {sizes[1]} test images"
+    return f"{sizes[0]} training and {sizes[1]} test images" if None not in sizes and sizes != full_sizes else ""
+
+
+def shortened(results: dict) -> str:
+    """By how much a recipe was shortened; "" for a full one."""
     full = RECIPES.get(results["recipe"], RECIPES["baseline"])["epochs"]
     epochs = results["epochs_run_here"] if "epochs_run_here" in results else results["epochs_done"]
-    return f"{epochs} epochs instead of {full}" if epochs < full else ""
+    return f"{epochs} epoch{'s' if epochs > 1 else ''} instead of {full}" if epochs < full else ""
+
+
+def not_comparable(results: dict) -> str:
+    """Why a run's accuracy must not be set beside published ones; "" where it may."""
+    return "; ".join(reason for reason in (odd_data(results), shortened(results)) if reason)
 
 
 @dataclass
