@@ -5,6 +5,7 @@
 #   bash run_cifar.sh baseline --arch resnet56            the unpruned network
 #   bash run_cifar.sh prune_distill                       teacher, student, and the student without a teacher
 #   bash run_cifar.sh prune --HTrate 0.6 --epochs 200     flags are those of cifar10_resnet_test.py
+#   bash run_cifar.sh table --seeds 1 2 3                 networks x rates x methods x seeds; see table --help
 #
 # Recipes: prune (default), baseline, distill, prune_distill, finetune.
 set -euo pipefail

@@ -46,11 +46,16 @@ STUDENT_OPTIONS = {
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["table"]:
+        from utils.table import main as fill_table
+
+        fill_table(sys.argv[2:])
+        return
     parser = script.parser()
     flags = parser.canonical(sys.argv[1:])
     recipe = flags.pop(0) if flags and not flags[0].startswith("-") else None
     if recipe is not None and recipe not in RECIPES:
-        raise UserError(f"unknown recipe '{recipe}'; choose from {', '.join(RECIPES)}")
+        raise UserError(f"unknown recipe '{recipe}'; choose from {', '.join(RECIPES)}, or table")
     if "-h" in flags or "--help" in flags:
         parser.parse_args(["--help"])
     if recipe is None and not has(flags, "recipe"):
