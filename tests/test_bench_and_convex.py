@@ -212,7 +212,7 @@ def test_every_iterate_is_k_sparse_and_counted(method, classes, monkeypatch):
     monkeypatch.setattr(AHSG_HT, "step", watched)
     run = run_method(problem, method, 0.05, Settings(k=5, passes=4, batch_size=8, growth=0.05))
     assert len(seen) == run.thresholdings[-1] > 0
-    assert all(counts == [5] * classes for counts in seen)
+    assert all(counts == [5] for counts in seen)
     assert run.passes[0] == 0 and run.passes[-1] <= 4
     assert run.objective[-1] == problem.objective(run.weights)
 
@@ -222,13 +222,64 @@ def test_passes_and_thresholdings_are_those_of_the_method():
     runs = {method: run_method(problem, method, 0.01, SMALL) for method in METHODS}
     counts = {method: run.at(1)[1] for method, run in runs.items()}
     assert counts["FG-HT"] == 1
-    assert counts["SG-HT"] == 8  # 60 samples in mini-batches of 8
+    assert counts["SG-HT"] == 7  # 60 samples in mini-batches of 8; the last 4 samples are left out
     assert counts["SVRG-HT"] == 0  # the first pass goes into the full gradient
-    assert runs["SVRG-HT"].at(3)[1] == 8
-    # 8 8 8 9 9 10 and the last 8
-    assert counts["HSG-HT"] == counts["AHSG-HT"] == 7
+    assert runs["SVRG-HT"].at(3)[1] == 7
+    # 8 8 8 9 9 10, and 10 do not fit into the remaining 8
+    assert counts["HSG-HT"] == counts["AHSG-HT"] == 6
     # Continued growth: fewer of them in every later pass.
-    assert runs["HSG-HT"].at(2)[1] - 7 < 7
+    assert runs["HSG-HT"].at(2)[1] - 6 < 6
+
+
+def test_every_mark_sees_the_last_iterate_that_fits_into_it(monkeypatch):
+    """AHSG_HT's own steps, counted beside the records."""
+    problem, sizes = small_problem(), []
+    gradient = Problem.gradient
+
+    def watched(problem, weights, rows=None):
+        sizes.append(60 if rows is None else len(rows))
+        return gradient(problem, weights, rows)
+
+    monkeypatch.setattr(Problem, "gradient", watched)
+    for method in ("SG-HT", "HSG-HT", "FG-HT", "SVRG-HT"):
+        sizes.clear()
+        run = run_method(problem, method, 0.01, SMALL)
+        used = np.cumsum(sizes)
+        for passes in (1, 2.5, 4):
+            last = run.passes[np.searchsorted(run.passes, passes + 1e-9) - 1]
+            assert last * 60 == pytest.approx(max(used[used <= passes * 60]), abs=1 if method != "SVRG-HT" else 8), (
+                method
+            )
+
+
+def test_no_short_mini_batch_is_taken(monkeypatch):
+    problem, sizes = small_problem(), {}
+    gradient = Problem.gradient
+    for method in ("SG-HT", "HSG-HT"):
+        taken = sizes[method] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Problem, "gradient", lambda p, w, rows, taken=taken: (taken.append(len(rows)), gradient(p, w, rows))[1]
+            )
+            run_method(problem, method, 0.01, Settings(k=5, passes=30, batch_size=8, growth=0.05))
+    assert set(sizes["SG-HT"]) == {8}
+    assert sizes["HSG-HT"] == sorted(sizes["HSG-HT"]) and sizes["HSG-HT"][-1] == 60  # up to the full gradient
+
+
+def test_svrg_is_the_full_gradient_on_average_and_at_the_snapshot():
+    problem = small_problem()
+    weights, _ = convex_methods.hard_thresholding_optimizer(problem, 5, 0.1, 0.0)
+    stream = convex_methods._gradients(problem, "SVRG-HT", weights, SMALL)
+    assert next(stream) == (None, 60)
+    gradient, evaluations = next(stream)
+    np.testing.assert_allclose(gradient, problem.gradient(np.zeros((12, 1))), rtol=1e-12)
+    assert evaluations == 16
+    weights.detach()[:] = torch.randn(12, 1, generator=torch.Generator().manual_seed(0)).double()
+    point = weights.detach().numpy().copy()
+    parts = [next(stream)[0] for _ in range(6)]  # mini-batches 2 to 7 of the epoch
+    assert np.linalg.norm(np.mean(parts, 0) - problem.gradient(point)) < np.linalg.norm(problem.gradient(point))
+    assert next(stream) == (None, 60)
+    np.testing.assert_allclose(next(stream)[0], problem.gradient(point), rtol=1e-12)
 
 
 @pytest.mark.parametrize("method", ["HSG-HT", "AHSG-HT", "SVRG-HT"])
@@ -282,18 +333,22 @@ def test_the_whole_comparison_writes_table_figures_and_picture(tmp_path, monkeyp
     saved = json.loads((out / "toy.json").read_text())
     for result in saved["results"]:
         assert list(result["methods"]) == list(METHODS)
-        assert all(min(m["gap"]) >= 0 for m in result["methods"].values())
-        assert sorted(result["order_at_one_pass"]) == sorted(METHODS)
+        assert list(result["order"]) == ["1", "2", "3"]
+        assert sorted(result["order"]["1"]) == sorted(METHODS)
+        for m in result["methods"].values():
+            assert all(min(at["curve"]["gap"]) >= 0 for at in m["at"].values())
+        # Of the step sizes the one with the lowest end is taken.
+        end = result["methods"]["FG-HT"]["at"]["3"]
+        ends = result["methods"]["FG-HT"]["end_objective_by_lr_times_curvature"]
+        assert min(ends, key=ends.get) == f"{end['lr_times_curvature']:g}"
+        assert end["curve"]["gap"][-1] == min(ends.values()) - result["best_objective"]
     assert (out / "table.md").read_text() in capsys.readouterr().out
 
 
 def test_what_departs_from_the_papers_order_is_named():
     gaps = dict(zip(METHODS, (-5.0, -6.0, -4.0, -3.0, -1.0), strict=True))
-    methods = {method: {"log10_gap_at_end": gap} for method, gap in gaps.items()}
-    said = paper_convex.against_paper({"methods": methods}, "end")
-    assert said == "AHSG-HT -5.00 is not below HSG-HT -6.00 (by 1.00)"
-    methods["AHSG-HT"]["log10_gap_at_end"] = -7.0
-    assert paper_convex.against_paper({"methods": methods}, "end") == "the paper's order"
+    assert paper_convex.against_paper(gaps) == "AHSG-HT -5.00 is not below HSG-HT -6.00 (by 1.00)"
+    assert paper_convex.against_paper(gaps | {"AHSG-HT": -7.0}) == "the paper's order"
 
 
 @pytest.mark.parametrize(
@@ -316,13 +371,15 @@ def test_more_entries_than_features_are_refused(tmp_path):
     path.write_text("1 1:1\n-1 2:1\n")
     with pytest.raises(UserError, match=r"--k 3: must be in 1..2"):
         paper_convex.main(["--problem", str(path), "--k", "3", "--save_path", str(tmp_path)])
+    with pytest.raises(UserError, match=r"--batch_size 64: .*toy.svm has 2 samples"):
+        paper_convex.main(["--problem", str(path), "--k", "2", "--save_path", str(tmp_path)])
 
 
 def test_where_every_step_size_diverges_the_gap_is_infinite(tmp_path, monkeypatch):
     problem = small_problem()
     monkeypatch.setattr(paper_convex, "LR_GRID", (1e9,))
     result = paper_convex.compare(problem, SMALL)
-    assert {m["log10_gap_at_end"] for m in result["methods"].values()} == {np.inf}
+    assert {m["at"]["4"]["log10_gap"] for m in result["methods"].values()} == {np.inf}
 
 
 # ---- heavy ball -------------------------------------------------------------------------------------------------------
@@ -344,8 +401,8 @@ def test_heavy_ball_table_names_every_kappa(monkeypatch, capsys):
 
 
 def test_all_methods_are_run_by_AHSG_HT():
-    params, optimizer = convex_methods.hard_thresholding_optimizer(small_problem(3), k=5, lr=0.1, v=0.2)
-    assert type(optimizer) is AHSG_HT and len(params) == 3
+    weights, optimizer = convex_methods.hard_thresholding_optimizer(small_problem(3), k=5, lr=0.1, v=0.2)
+    assert type(optimizer) is AHSG_HT and weights.shape == (12, 3)
     assert {name: optimizer.param_groups[0][name] for name in ("v", "unit", "momentum")} == {
         "v": 0.2,
         "unit": "element",

@@ -1,11 +1,17 @@
-"""The five methods of the paper's comparison. AHSG_HT thresholds and updates in all of them; they differ in the gradient, in the
-mini-batch and in v.
+"""The five methods of the paper's comparison. All take W <- H(W - lr*g + v*(W - W_before)) through AHSG_HT, with a constant lr;
+they differ in the gradient g, in the mini-batch and in v. Mini-batches are drawn without replacement.
 
-    FG-HT    full gradient                                                          v = 0
-    SG-HT    mini-batch of fixed size                                               v = 0
-    SVRG-HT  mini-batch of fixed size, variance reduced by a full gradient now and then   v = 0
-    HSG-HT   mini-batch s_t = s_0*(1+k)^t, over the epochs                          v = 0
-    AHSG-HT  the same                                                               v > 0
+    method   g                                               samples of S_t       v      gradients counted
+    FG-HT    mean over all n samples                         n                    0      n
+    SG-HT    mean over S_t                                   s_0                  0      s_0
+    SVRG-HT  mean over S_t of (gradient at W - gradient at   s_0                  0      2*s_0, and n whenever
+             the snapshot) + full gradient of the snapshot,                              the snapshot is taken
+             which is W at the beginning of every epoch
+    HSG-HT   mean over S_t                                   s_0*(1+k)^t up to n  0      s_t
+    AHSG-HT  mean over S_t                                   s_0*(1+k)^t up to n  v > 0  s_t
+
+The growth goes on over the epochs. A last mini-batch shorter than the schedule asks for is left out, or it would be the noisiest
+of its epoch just before the objective is looked at.
 """
 
 from __future__ import annotations
@@ -33,7 +39,7 @@ class Settings:
     """What the methods share.
 
     Attributes:
-        k: entries kept, of every class's weight vector.
+        k: entries of W kept.
         passes: gradient evaluations over n that a run may use.
         batch_size: of SG-HT and SVRG-HT, and the first one of HSG-HT and AHSG-HT.
         growth: k of the schedule s_t = s_0*(1+k)^t.
@@ -50,7 +56,7 @@ class Settings:
 
 @dataclass
 class Run:
-    """The course of one run: passes over the data, thresholdings and objective, at the same moments; and where it ended."""
+    """The course of one run: passes over the data (gradients / n), thresholdings and objective at the same moments; and where it ended."""
 
     method: str
     lr: float
@@ -62,31 +68,33 @@ class Run:
     def at(self, passes: float) -> tuple[float, int]:
         """Objective and thresholdings of the last record within `passes`; an infinite objective after a divergence."""
         last = np.searchsorted(self.passes, passes + 1e-9) - 1
-        gave_up = math.isinf(self.objective[-1]) and self.passes[-1] <= passes
-        return (math.inf, self.thresholdings[-1]) if gave_up else (self.objective[last], self.thresholdings[last])
+        return self.objective[last], self.thresholdings[last]
 
 
-def hard_thresholding_optimizer(problem: Problem, k: int, lr: float, v: float):
-    """Zero weight vectors, one per class, and the AHSG_HT that keeps k entries of each."""
-    features = problem.features.shape[1]
-    params = [torch.zeros(features, dtype=torch.float64, requires_grad=True) for _ in range(problem.classes)]
-    return params, AHSG_HT(params, lr=lr, v=v, HTrate=k / features, unit="element")
+def hard_thresholding_optimizer(problem: Problem, k: int, lr: float, v: float) -> tuple[torch.Tensor, AHSG_HT]:
+    """W = 0, (d, classes), and the AHSG_HT that keeps k of its entries."""
+    weights = torch.zeros(problem.features.shape[1], problem.classes, dtype=torch.float64, requires_grad=True)
+    return weights, AHSG_HT([weights], lr=lr, v=v, HTrate=k / weights.numel(), unit="element")
+
+
+def marks(passes: float) -> list[float]:
+    """The passes at which a run is looked at: every tenth up to the first pass, then every half, and the end."""
+    tenths, halves = np.arange(1, 10) / 10, np.arange(1, passes, 0.5)
+    return [*tenths.tolist(), *halves.tolist(), passes]
 
 
 def run_method(problem: Problem, method: str, lr: float, settings: Settings) -> Run:
-    """One run of a method from W = 0.
-
-    The objective is recorded at every fifth of a pass up to the first one, then at every half.
-    """
+    """One run of a method from W = 0. At every mark the last iterate is recorded whose gradients fit into the mark's passes."""
     samples = len(problem.labels)
-    params, optimizer = hard_thresholding_optimizer(problem, settings.k, lr, settings.v if method == "AHSG-HT" else 0.0)
-    marks = [*np.arange(1, 5) / 5, *np.arange(1, settings.passes + 0.5, 0.5)]
+    weights, optimizer = hard_thresholding_optimizer(
+        problem, settings.k, lr, settings.v if method == "AHSG-HT" else 0.0
+    )
     run = Run(method, lr)
     used, steps = 0, 0
 
     def record() -> bool:
         """Notes where the run is; False after a divergence."""
-        objective = problem.objective(weights_of(params))
+        objective = problem.objective(weights.detach().numpy())
         alive = math.isfinite(objective) and (not run.objective or objective < DIVERGED * run.objective[0])
         run.passes.append(used / samples)
         run.thresholdings.append(steps)
@@ -94,58 +102,48 @@ def run_method(problem: Problem, method: str, lr: float, settings: Settings) -> 
         return alive
 
     record()
-    for gradient, evaluations in _gradients(problem, method, params, settings):
-        used += evaluations
-        if used > settings.passes * samples + 0.5:
-            break
-        if gradient is None:
-            continue
-        for p, column in zip(params, gradient.T, strict=True):
-            p.grad = torch.from_numpy(np.ascontiguousarray(column))
-        optimizer.step()
-        steps += 1
-        if used / samples >= marks[0] - 1e-9:
-            marks = [mark for mark in marks if mark > used / samples + 1e-9] or [math.inf]
-            if not record():
+    ahead = marks(settings.passes)
+    for gradient, evaluations in _gradients(problem, method, weights, settings):
+        if used + evaluations > ahead[0] * samples + 1e-6:
+            ahead = [mark for mark in ahead if used + evaluations <= mark * samples + 1e-6]
+            if (used / samples > run.passes[-1] and not record()) or not ahead:
                 break
-    run.weights = weights_of(params)
+        used += evaluations
+        if gradient is not None:
+            weights.grad = torch.from_numpy(gradient)
+            optimizer.step()
+            steps += 1
+    run.weights = weights.detach().numpy().copy()
     return run
 
 
-def weights_of(params: list[torch.Tensor]) -> np.ndarray:
-    """The weight vectors side by side, (d, classes)."""
-    return np.stack([p.detach().numpy() for p in params], axis=1)
-
-
 def _gradients(
-    problem: Problem, method: str, params: list[torch.Tensor], settings: Settings
+    problem: Problem, method: str, weights: torch.Tensor, settings: Settings
 ) -> Iterator[tuple[np.ndarray | None, int]]:
-    """(gradient at the current weights, gradient evaluations it took) per step; None for a gradient: evaluations without a step."""
-    samples = len(problem.labels)
+    """(g at the current W, gradients evaluated for it) per step; None for g: evaluations without a step."""
+    samples, point = len(problem.labels), weights.detach().numpy()
     if method == "FG-HT":
         while True:
-            yield problem.gradient(weights_of(params)), samples
-    grows = method in ("HSG-HT", "AHSG-HT")
+            yield problem.gradient(point), samples
+    schedule = dict(k=settings.growth, growth="exponential", max_batch_size=samples, restart=False)
     sampler = GrowingBatchSampler(
         samples,
         settings.batch_size,
-        settings.growth if grows else None,
         shuffle=True,
-        growth="exponential" if grows else "linear",
-        restart=False,
+        drop_last=True,
         seed=settings.seed,
+        **(schedule if method in ("HSG-HT", "AHSG-HT") else {}),
     )
     while True:
         if method == "SVRG-HT":
-            anchor = weights_of(params)
-            mean = problem.gradient(anchor)
+            snapshot = point.copy()
+            mean = problem.gradient(snapshot)
             yield None, samples
         for rows in sampler:
             rows = np.asarray(rows)
-            gradient = problem.gradient(weights_of(params), rows)
+            gradient = problem.gradient(point, rows)
             if method == "SVRG-HT":
-                gradient = gradient - problem.gradient(anchor, rows) + mean
-                yield gradient, 2 * len(rows)
+                yield gradient - problem.gradient(snapshot, rows) + mean, 2 * len(rows)
             else:
                 yield gradient, len(rows)
         sampler.epoch += 1
@@ -182,18 +180,16 @@ def best_known(problem: Problem, k: int, starts: list[np.ndarray], smoothness: f
     """
     # Where a run diverged there is nothing to start from.
     polished = [polish(problem, start) if np.isfinite(start).all() else (math.inf, start) for start in starts]
-    objective, weights = min(polished, key=lambda pair: pair[0])
+    objective, best = min(polished, key=lambda pair: pair[0])
     for _ in range(5 if math.isfinite(objective) else 0):
-        params, optimizer = hard_thresholding_optimizer(problem, k, 1 / smoothness, 0.9)
+        weights, optimizer = hard_thresholding_optimizer(problem, k, 1 / smoothness, 0.9)
         with torch.no_grad():
-            for p, column in zip(params, weights.T, strict=True):
-                p.copy_(torch.from_numpy(column.copy()))
+            weights.copy_(torch.from_numpy(best))
         for _ in range(steps):
-            for p, column in zip(params, problem.gradient(weights_of(params)).T, strict=True):
-                p.grad = torch.from_numpy(column.copy())
+            weights.grad = torch.from_numpy(problem.gradient(weights.detach().numpy()))
             optimizer.step()
-        candidate, moved = polish(problem, weights_of(params))
+        candidate, moved = polish(problem, weights.detach().numpy())
         if candidate > objective - 1e-12:
             break
-        objective, weights = candidate, moved
+        objective, best = candidate, moved
     return objective, [own for own, _ in polished]

@@ -1,20 +1,21 @@
 """Repeats the comparison of the optimizer's paper on l0-constrained logistic and softmax regression.
 
     python -m utils.paper_convex                                  # rcv1-, epsilon- and mnist-shaped data, k = 200 and 500
-    python -m utils.paper_convex --problem rcv1 --k 200 --passes 6
+    python -m utils.paper_convex --problem rcv1 --k 200 --passes 2
     python -m utils.paper_convex --problem FILE.svm --k 50
 
-Zhou, Yuan, Feng, "Efficient Stochastic Gradient Hard Thresholding", NeurIPS 2018, section 5.1: objective gap against passes over the data
-(gradient evaluations / n) and against thresholdings, of FG-HT, SG-HT, SVRG-HT, HSG-HT and AHSG-HT. Writes per problem a picture and a JSON
-file, and the table of all into table.md.
+min f(W) subject to at most k non-zero entries of W (Zhou, Yuan, Feng, "Efficient Stochastic Gradient Hard Thresholding", NeurIPS 2018,
+section 5): objective gap against passes over the data (gradients evaluated / n) and against thresholdings, of FG-HT, SG-HT, SVRG-HT, HSG-HT
+and AHSG-HT, which utils.convex_methods defines. Writes per problem a picture and a JSON file, and table.md.
 
-Every method runs with every step size of one grid, and the run with the lowest objective at its end stands for it. The gap is the
-objective minus the smallest one found: see utils.convex_methods.best_known.
+The protocol, the same for every method: one run from W = 0 per step size of LR_GRID; at each of the passes of BUDGETS the run stands for the
+method whose objective is lowest there. The gap is the objective minus the smallest one found anywhere: see utils.convex_methods.best_known.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import shlex
@@ -32,8 +33,10 @@ from utils.errors import UserError, run_main
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-# Step sizes times the largest curvature of f.
-LR_GRID = (1 / 4, 1.0, 4.0, 16.0, 64.0)
+# Step sizes times the largest curvature of f: powers of four to both sides of 1.
+LR_GRID = (1 / 64, 1 / 16, 1 / 4, 1.0, 4.0, 16.0, 64.0)
+# Passes at which the methods are compared, besides the end.
+BUDGETS = (1, 2, 5, 10)
 # log10 of the gap where the paper's plots end, in the order of METHODS.
 PAPER_ENDS = {"rcv1": (-8.7, -7.3, -5.2, -2.2, 3.0), "epsilon": (-11.0, -9.3, -7.8, -6.0, 3.7)}
 
@@ -47,25 +50,35 @@ def compare(problem: Problem, settings: Settings) -> dict:
         tried[method] = [run_method(problem, method, c / smoothness, settings) for c in LR_GRID]
         ends = ", ".join(f"{run.objective[-1]:.6g}" for run in tried[method])
         print(f"  {method}: objective {ends} with rising step size, {time.monotonic() - begin:.0f} s", flush=True)
-    chosen = {method: min(runs, key=lambda run: run.objective[-1]) for method, runs in tried.items()}
-    reference, own = best_known(problem, settings.k, [run.weights for run in chosen.values()], smoothness)
-    # A run may pass below what was found from the ends of all runs.
-    lowest = min(min(run.objective) for runs in tried.values() for run in runs)
-    best = min(reference, lowest)
+    budgets = [passes for passes in BUDGETS if passes < settings.passes] + [settings.passes]
+    chosen = {
+        method: {passes: min(runs, key=lambda run: run.at(passes)[0]) for passes in budgets}
+        for method, runs in tried.items()
+    }
+    ends = [runs[settings.passes].weights for runs in chosen.values()]
+    reference, own = best_known(problem, settings.k, ends, smoothness)
+    # A run may pass below what was found from the ends of the best runs.
+    best = min(reference, *(min(run.objective) for runs in tried.values() for run in runs))
     methods = {}
-    for (method, run), on_support in zip(chosen.items(), own, strict=True):
+    for method, on_support in zip(METHODS, own, strict=True):
+        at = {}
+        for passes, run in chosen[method].items():
+            objective, thresholdings = run.at(passes)
+            at[f"{passes:g}"] = {
+                "log10_gap": log_gap(objective - best),
+                "thresholdings": thresholdings,
+                # Before the first step the step sizes do not differ.
+                "lr_times_curvature": run.lr * smoothness if thresholdings else None,
+                "curve": {
+                    "passes": run.passes,
+                    "thresholdings": run.thresholdings,
+                    "gap": [objective - best for objective in run.objective],
+                },
+            }
         methods[method] = {
-            "lr_times_curvature": run.lr * smoothness,
-            "lr_at_end_of_grid": run.lr * smoothness >= 0.999 * max(LR_GRID)
-            or run.lr * smoothness <= min(LR_GRID) * 1.001,
-            "passes": run.passes,
-            "thresholdings": run.thresholdings,
-            "gap": [objective - best for objective in run.objective],
-            "log10_gap_at_one_pass": log_gap(run.at(1)[0] - best),
-            "thresholdings_at_one_pass": run.at(1)[1],
-            "log10_gap_at_end": log_gap(run.objective[-1] - best),
+            "at": at,
             "log10_gap_of_final_support": log_gap(on_support - best),
-            "objective_by_lr_times_curvature": {f"{r.lr * smoothness:g}": r.objective[-1] for r in tried[method]},
+            "end_objective_by_lr_times_curvature": {f"{r.lr * smoothness:g}": r.objective[-1] for r in tried[method]},
         }
     return {
         "problem": problem.name,
@@ -73,18 +86,20 @@ def compare(problem: Problem, settings: Settings) -> dict:
         "samples": len(problem.labels),
         "features": problem.features.shape[1],
         "classes": max(2, problem.classes),
-        "density": float(
-            np.count_nonzero(problem.features.data if hasattr(problem.features, "nnz") else problem.features)
-        )
-        / math.prod(problem.features.shape),
+        "density": density(problem),
         "penalty": problem.penalty,
         "curvature": smoothness,
         "settings": vars(settings),
+        "start_objective": tried[METHODS[0]][0].objective[0],
         "best_objective": best,
-        "order_at_one_pass": ordered(methods, "log10_gap_at_one_pass"),
-        "order_at_end": ordered(methods, "log10_gap_at_end"),
+        "order": {f"{passes:g}": ordered(methods, passes) for passes in budgets},
         "methods": methods,
     }
+
+
+def density(problem: Problem) -> float:
+    """Share of the features that is not zero."""
+    return problem.features.count_nonzero() / math.prod(problem.features.shape) if problem.is_sparse else 1.0
 
 
 def log_gap(gap: float) -> float:
@@ -92,79 +107,103 @@ def log_gap(gap: float) -> float:
     return math.log10(max(gap, 1e-15))
 
 
-def ordered(methods: dict, key: str) -> list[str]:
+def ordered(methods: dict, passes: float) -> list[str]:
     """Methods by their gap, the smallest first; those that are level stay in the paper's order."""
-    return sorted(methods, key=lambda method: methods[method][key])
+    return sorted(methods, key=lambda method: methods[method]["at"][f"{passes:g}"]["log10_gap"])
 
 
-def against_paper(result: dict, when: str) -> str:
+def against_paper(gaps: dict[str, float]) -> str:
     """Which neighbours of the paper's order do not stand in that order here, and by how many powers of ten."""
-    gaps = [result["methods"][method][f"log10_gap_at_{when}"] for method in METHODS]
     wrong = [
-        f"{METHODS[i]} {gaps[i]:+.2f} is not below {METHODS[i + 1]} {gaps[i + 1]:+.2f} (by {gaps[i] - gaps[i + 1]:.2f})"
-        for i in range(len(METHODS) - 1)
-        if gaps[i] >= gaps[i + 1]
+        f"{lower} {gaps[lower]:+.2f} is not below {upper} {gaps[upper]:+.2f} (by {gaps[lower] - gaps[upper]:.2f})"
+        for lower, upper in itertools.pairwise(METHODS)
+        if gaps[lower] >= gaps[upper]
     ]
     return "the paper's order" if not wrong else "; ".join(wrong)
 
 
 def table(results: list[dict], command: str) -> str:
     """The results as Markdown."""
+    settings = results[0]["settings"]
+    budgets = list(results[0]["order"])
     lines = [
         "# l0-constrained regression: log10 of the objective gap",
         "",
-        f'`{command}`. A pass is n gradient evaluations; thr. = thresholdings. "support" is the gap that would be left at the optimum of the',
-        "final support: a method that has reached it is held by its choice of entries, not by its convergence. lr is in units of 1/curvature,",
-        "* at an end of the grid.",
+        f"`{command}`. A pass is n gradients, those of SVRG-HT's snapshots among them. From W = 0, mini-batches without replacement: "
+        f"{settings['batch_size']} samples for SG-HT and SVRG-HT (a snapshot per epoch), {settings['batch_size']}*{1 + settings['growth']:g}^t up to n "
+        f"for HSG-HT and AHSG-HT, over the epochs; v = {settings['v']:g} for AHSG-HT; seed {settings['seed']}. Constant step sizes "
+        f"{', '.join(f'{c:g}' for c in LR_GRID)} in units of 1/curvature; every column takes, for every method alike, the one whose objective is "
+        "lowest at that column's passes.",
         "",
-        "| problem | k | method | 1 pass | thr. | end | support | lr | paper's end |",
-        "|---|---|---|---|---|---|---|---|---|",
+        'thr. = thresholdings. "support" = the gap that would be left at the optimum on the final support: where it is near the last column\'s gap, the '
+        "method is held by its choice of entries, not by its convergence. lr = the step sizes chosen for the columns. * = an end of the grid. "
+        "The paper's ends were read off its plots, for the original data.",
+        "",
+        "| problem | k | method | "
+        + " | ".join(f"{p} pass{'' if p == '1' else 'es'}" for p in budgets)
+        + " | thr. at 1 | thr. at "
+        f"{budgets[-1]} | support | lr | paper's end |",
+        "|" + "---|" * (len(budgets) + 8),
     ]
     for result in results:
         paper = PAPER_ENDS.get(result["problem"], ("",) * len(METHODS))
         for method, published in zip(METHODS, paper, strict=True):
             m = result["methods"][method]
+            gaps = " | ".join(f"{at['log10_gap']:.2f}" for at in m["at"].values())
+            lrs = " ".join(shown_lr(at["lr_times_curvature"]) for at in m["at"].values())
             lines.append(
-                f"| {result['problem']} {result['samples']}x{result['features']} | {result['settings']['k']} | {method} "
-                f"| {m['log10_gap_at_one_pass']:.2f} | {m['thresholdings_at_one_pass']} | {m['log10_gap_at_end']:.2f} "
-                f"| {m['log10_gap_of_final_support']:.2f} | {m['lr_times_curvature']:.3g}{'*' if m['lr_at_end_of_grid'] else ''} | {published} |"
+                f"| {result['problem']} {result['samples']}x{result['features']} | {result['settings']['k']} | {method} | {gaps} "
+                f"| {m['at'][budgets[0]]['thresholdings']} | {m['at'][budgets[-1]]['thresholdings']} "
+                f"| {m['log10_gap_of_final_support']:.2f} | {lrs} | {published} |"
             )
     lines += ["", "Order (the paper's: " + " < ".join(METHODS) + "):", ""]
     for result in results:
-        for when, words in (("one_pass", "at one pass"), ("end", f"after {result['settings']['passes']:g} passes")):
-            lines.append(f"- {result['problem']}, k={result['settings']['k']}, {words}: {against_paper(result, when)}")
+        for passes in budgets:
+            gaps = {method: m["at"][passes]["log10_gap"] for method, m in result["methods"].items()}
+            lines.append(f"- {result['problem']}, k={result['settings']['k']}, at {passes}: {against_paper(gaps)}")
     return "\n".join(lines) + "\n"
 
 
+def shown_lr(c: float | None) -> str:
+    """A step size of the grid as in the table; - where no step was taken."""
+    if c is None:
+        return "-"
+    return f"{c:.3g}{'*' if c >= 0.999 * max(LR_GRID) or c <= 1.001 * min(LR_GRID) else ''}"
+
+
 def draw(results: list[dict], path: Path) -> None:
-    """One row of panels per k: log10 of the gap against passes, and against thresholdings."""
-    figure, panels = plt.subplots(len(results), 2, figsize=(11, 4 * len(results)), layout="constrained", squeeze=False)
+    """One row of panels per k: log10 of the gap in the first pass; against passes; against thresholdings."""
+    figure, panels = plt.subplots(len(results), 3, figsize=(15, 4 * len(results)), layout="constrained", squeeze=False)
     for row, result in zip(panels, results, strict=True):
-        for panel, axis in zip(row, ("passes", "thresholdings"), strict=True):
+        end = list(result["order"])[-1]
+        views = (("1" if "1" in result["order"] else end, "passes"), (end, "passes"), (end, "thresholdings"))
+        for panel, (budget, axis) in zip(row, views, strict=True):
             for method, marker in zip(METHODS, "osv^D", strict=True):
-                m = result["methods"][method]
-                gaps = [log_gap(gap) for gap in m["gap"]]
-                panel.plot(
-                    m[axis], gaps, marker=marker, markersize=3, label=f"{method}, end {m['log10_gap_at_end']:.1f}"
-                )
-            label = "passes over the data (gradient evaluations / n)" if axis == "passes" else "thresholdings"
-            panel.set(xlabel=label, ylabel="log10 of the objective gap")
+                at = result["methods"][method]["at"][budget]
+                shown = np.searchsorted(at["curve"]["passes"], float(budget) + 1e-9)
+                gaps = [log_gap(gap) for gap in at["curve"]["gap"][:shown]]
+                label = f"{method} {at['log10_gap']:.2f}"
+                panel.plot(at["curve"][axis][:shown], gaps, marker=marker, markersize=3, label=label)
+            panel.set_xlabel("passes (gradients / n)" if axis == "passes" else "thresholdings")
+            panel.set_ylabel("log10 of the objective gap")
+            kind = "-shaped (synthetic)" if result["synthetic"] else ""
             panel.set_title(
-                f"{result['problem']}{'-shaped (synthetic)' if result['synthetic'] else ''}, k = {result['settings']['k']}"
+                f"{result['problem']}{kind}, k = {result['settings']['k']}: lr best at {budget}", fontsize=10
             )
             panel.grid(alpha=0.3)
             if axis == "thresholdings":
                 panel.set_xscale("symlog", linthresh=10)
-        row[0].legend()
-    figure.savefig(path, dpi=100)
+        row[0].legend(title="gap at 1 pass" if views[0][0] == "1" else "gap at the end", fontsize=8)
+        row[1].legend(title=f"gap at {end}", fontsize=8)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--problem", nargs="+", default=list(SYNTHETIC), help="rcv1, epsilon, mnist or libsvm files")
-    parser.add_argument("--k", nargs="+", type=int, default=[200, 500], help="entries kept of every weight vector")
-    parser.add_argument("--passes", type=float, default=4, help="passes over the data per run, >= 1")
+    parser.add_argument("--k", nargs="+", type=int, default=[200, 500], help="entries of W kept")
+    parser.add_argument("--passes", type=float, default=10, help="passes over the data per run, >= 1")
     parser.add_argument(
         "--batch_size", type=int, default=64, help="samples, fixed for SG-HT and SVRG-HT, first for HSG-HT and AHSG-HT"
     )
@@ -191,14 +230,16 @@ def main(argv: list[str] | None = None) -> list[dict]:
     results = []
     for name in args.problem:
         problem = make_problem(name, args.seed)
-        features = problem.features.shape[1]
+        samples, features = problem.features.shape
         for k in args.k:
-            if not 1 <= k <= features:
-                raise UserError(f"--k {k}: must be in 1..{features}, the features of {name}")
+            if not 1 <= k <= features * problem.classes:
+                raise UserError(f"--k {k}: must be in 1..{features * problem.classes}, the entries of W for {name}")
+        if args.batch_size > samples:
+            raise UserError(f"--batch_size {args.batch_size}: {name} has {samples} samples; give at most that many")
         ours = []
         for k in args.k:
             print(
-                f"{problem.name}: {len(problem.labels)} samples, {features} features, {problem.classes} weight vectors, k = {k}",
+                f"{problem.name}: {samples} samples, {features} features, {max(2, problem.classes)} classes, k = {k}",
                 flush=True,
             )
             ours.append(compare(problem, Settings(k, args.passes, args.batch_size, args.growth, args.v, args.seed)))
