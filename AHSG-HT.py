@@ -30,6 +30,8 @@ NORMS = (1, 2)
 # Entries of the parameters that a CPU updates together: with gradient, momentum buffer and x_{t-1} about 1 MiB, so that they
 # stay in the cache from one pass of the update to the next.
 CPU_BLOCK_ENTRIES = 65_536
+# Up to this lr/v the heavy ball takes three passes over memory; above, where lr/v*d might overflow float16, four.
+LARGEST_LR_OVER_V = 1e3
 # Scores per row from which a CPU finds the smallest kept score instead of sorting them all.
 CPU_LONG_ROW = 10_000
 
@@ -235,11 +237,16 @@ class AHSG_HT(Optimizer):
             prevs.append(prev)
             olds.append(old)
         if moved:
-            # x_t + v*(x_t - x_{t-1}) is the interpolation from x_{t-1} to x_t with weight 1 + v, taken in x_{t-1}'s memory.
-            torch._foreach_lerp_(prevs, moved, 1 + v)
-            torch._foreach_add_(prevs, moves, alpha=-group["lr"])
-            torch._foreach_copy_(olds, moved)
-            torch._foreach_copy_(moved, prevs)
+            # Both are x - lr*d + v*(x - prev); lerp(a, b, w) is a + w*(b - a).
+            if group["lr"] <= LARGEST_LR_OVER_V * v:
+                torch._foreach_add_(prevs, moves, alpha=group["lr"] / v)
+                torch._foreach_copy_(olds, moved)
+                torch._foreach_lerp_(moved, prevs, -v)
+            else:
+                torch._foreach_lerp_(prevs, moved, 1 + v)
+                torch._foreach_add_(prevs, moves, alpha=-group["lr"])
+                torch._foreach_copy_(olds, moved)
+                torch._foreach_copy_(moved, prevs)
 
     def _released_update(self, params: list[Tensor], directions: list[Tensor], group: dict) -> None:
         """The SGD step, then + v*(x_t - prev) with prev as update_HSG left it. prev is not moved here."""
@@ -315,7 +322,7 @@ def hard_threshold(
 ) -> None:
     """H, in place: of every layer keeps the kept_count(n, HTrate) units of largest norm, zeroes the others.
 
-    Layers of one shape are ranked together in one stable sort (ties keep the lower index, on every device). Nothing is read
+    Layers of equally many units are ranked together in one stable sort (ties keep the lower index, on every device). Nothing is read
     back to the host. Norms are accumulated in float32 at least.
 
     Args:
@@ -325,47 +332,63 @@ def hard_threshold(
         unit: "filter" or "element", as in AHSG_HT.
         only_with_grad: leave out what has no gradient. `params` must name it all the same, or a filter's BatchNorm is not found.
     """
-    for (_, _, device, _), jobs in _threshold_jobs(params, HTrate, unit, only_with_grad).items():
+    additives, rows = [], []
+    for (_, _, device), jobs in _threshold_jobs(params, HTrate, unit, only_with_grad).items():
         # A CPU pays for memory traffic, a GPU per kernel.
         threshold = _threshold_in_place if device.type == "cpu" else _threshold_stacked
         masks = threshold([weight for weight, _, _ in jobs], jobs[0][2], norm, unit)
-        additives = [(a, row) for (_, found, _), row in zip(jobs, masks.unbind(0), strict=True) for a in found]
-        if additives:
-            torch._foreach_mul_([a for a, _ in additives], [row for _, row in additives])
+        for (_, found, _), row in zip(jobs, masks, strict=True):
+            additives += found
+            rows += [row] * len(found)
+    if additives:
+        torch._foreach_mul_(additives, rows)
 
 
-def _threshold_in_place(weights: list[Tensor], kept: int, norm: int, unit: str) -> Tensor:
-    """Thresholds layers of one shape where they stand; returns their masks (layers, units), 1 kept and 0 removed."""
+def _threshold_in_place(weights: list[Tensor], kept: int, norm: int, unit: str) -> list[Tensor]:
+    """Thresholds layers of equally many units where they stand; returns the mask (units,) of each, 1 kept and 0 removed."""
     if unit == "element":
-        scores = torch.stack(weights).flatten(1).abs()
+        scores = torch.stack([w.flatten() for w in weights]).abs_()
     else:
         # Over the dimensions: flattening a channels_last weight would copy it.
         dtype = torch.promote_types(weights[0].dtype, torch.float32)
-        scores = torch.stack([torch.linalg.vector_norm(w, ord=norm, dim=(1, 2, 3), dtype=dtype) for w in weights])
-    masks = _keep_largest(scores, kept, weights[0].dtype)
-    shape = weights[0].shape if unit == "element" else (-1, 1, 1, 1)
-    torch._foreach_mul_(weights, list(masks.view(len(weights), *shape).unbind(0)))
-    return masks
+        scores = torch.stack([torch.linalg.vector_norm(w, norm, dim=(1, 2, 3), dtype=dtype) for w in weights])
+    masks = _keep_largest(scores, kept, weights[0].dtype).unbind(0)
+    shapes = [w.shape if unit == "element" else (-1, 1, 1, 1) for w in weights]
+    torch._foreach_mul_(weights, [mask.view(shape) for mask, shape in zip(masks, shapes, strict=True)])
+    return list(masks)
 
 
-def _threshold_stacked(weights: list[Tensor], kept: int, norm: int, unit: str) -> Tensor:
-    """As _threshold_in_place, through one copy of the layers side by side."""
-    if unit == "filter" and not weights[0].is_contiguous():
-        # channels_last weights as they lie in memory, because foreach copies between different strides layer by layer.
-        weights = [w.permute(0, 2, 3, 1) for w in weights]
-    stacked = torch.stack(weights)
-    if unit == "element":
-        scores, shape = stacked.flatten(1).abs(), weights[0].shape
-    else:
-        dtype = torch.promote_types(stacked.dtype, torch.float32)
-        scores, shape = torch.linalg.vector_norm(stacked, norm, dim=(2, 3, 4), dtype=dtype), (-1, 1, 1, 1)
-    masks = _keep_largest(scores, kept, stacked.dtype)
-    torch._foreach_copy_(weights, list(stacked.mul_(masks.view(len(weights), *shape)).unbind(0)))
-    return masks
+def _threshold_stacked(weights: list[Tensor], kept: int, norm: int, unit: str) -> list[Tensor]:
+    """As _threshold_in_place, in few kernels: layers of one shape through one copy of them side by side, all rankings in one sort."""
+    shapes = defaultdict(list)
+    for index, w in enumerate(weights):
+        shapes[w.shape, w.stride()].append(index)
+    order, scores, stacks, places = [], [], [], []
+    for indices in shapes.values():
+        layers = [weights[i] for i in indices]
+        if unit == "element":
+            stacks.append(torch.stack(layers))
+            scores.append(stacks[-1].flatten(1).abs())
+        else:
+            # Their dimensions as they lie in memory (channels_last!), because foreach copies between different strides layer by layer.
+            dims = sorted((1, 2, 3), key=lambda dim, w=layers[0]: (-w.stride(dim), w.shape[dim] == 1))
+            layers = [w.permute(0, *dims) for w in layers]
+            stacks.append(torch.stack(layers))
+            dtype = torch.promote_types(stacks[-1].dtype, torch.float32)
+            scores.append(torch.linalg.vector_norm(stacks[-1], norm, dim=(2, 3, 4), dtype=dtype))
+        order += indices
+        places += layers
+    masks = _keep_largest(torch.cat(scores), kept, weights[0].dtype)
+    results = []
+    for stacked, rows in zip(stacks, masks.split([len(stacked) for stacked in stacks]), strict=True):
+        factors = rows.view(-1, *stacked.shape[1:]) if unit == "element" else rows[:, :, None, None, None]
+        results += stacked.mul_(factors).unbind(0)
+    torch._foreach_copy_(places, results)
+    return [mask for _, mask in sorted(zip(order, masks.unbind(0), strict=True), key=lambda pair: pair[0])]
 
 
 def _keep_largest(scores: Tensor, kept: int, dtype: torch.dtype) -> Tensor:
-    """1 for the `kept` largest scores of each row, of equal ones those of lower index, 0 for the others."""
+    """1 for the `kept` largest scores of each row (layers, units), of equal ones those of lower index, 0 for the others."""
     if scores.device.type == "cpu" and scores.shape[1] >= CPU_LONG_ROW:
         smallest = torch.topk(scores, kept, dim=1).values[:, -1:]
         above = ~(scores <= smallest)  # nan, too, which a sort puts first
@@ -377,7 +400,7 @@ def _keep_largest(scores: Tensor, kept: int, dtype: torch.dtype) -> Tensor:
 
 
 def _threshold_jobs(params: list[Tensor], HTrate: float, unit: str, only_with_grad: bool = False) -> dict:
-    """Layers to threshold, as {(shape, dtype, device, contiguous): [(weight, additives, kept), ...]}; layers kept whole are left out."""
+    """Layers to threshold, as {(units, dtype, device): [(weight, additives, kept), ...]}; layers kept whole are left out."""
     jobs = defaultdict(list)
     if HTrate == 1:
         return jobs
@@ -390,7 +413,7 @@ def _threshold_jobs(params: list[Tensor], HTrate: float, unit: str, only_with_gr
             additives = [] if unit == "element" else following_additives(params, index)
             if only_with_grad:
                 additives = [a for a in additives if a.grad is not None]
-            jobs[p.shape, p.dtype, p.device, p.is_contiguous()].append((p, additives, kept))
+            jobs[total, p.dtype, p.device].append((p, additives, kept))
     return jobs
 
 

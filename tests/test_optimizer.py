@@ -248,6 +248,25 @@ def test_paper_heavy_ball_moves_without_gradient():
     assert moves_without_gradient(zero1=1)
 
 
+@pytest.mark.parametrize("v", [0.9, 0.1, 1e-3, 1e-9, 1e-300])
+def test_large_and_tiny_heavy_balls_follow_the_naive_reference(v):
+    recipe = dict(lr=0.5, momentum=0.9, nesterov=True, v=v)
+    params = small_params(dtype=torch.float64)
+    optimizer, naive = AHSG_HT(params, **recipe), NaiveAHSG(params, **recipe)
+    for gradients in draw_gradients(params, 4):
+        train(params, optimizer, [gradients])
+        naive.step(gradients)
+    for p, x in zip(params, naive.x, strict=True):
+        torch.testing.assert_close(p.detach(), x, rtol=1e-12, atol=1e-12)
+
+
+def test_half_precision_with_a_tiny_heavy_ball_does_not_overflow():
+    p = nn.Parameter(torch.zeros(4, dtype=torch.float16))
+    optimizer = AHSG_HT([p], lr=0.5, v=1e-5)
+    train([p], optimizer, [[torch.full((4,), 100.0, dtype=torch.float16)]] * 3)
+    torch.testing.assert_close(p.detach(), torch.full((4,), -150.0, dtype=torch.float16))
+
+
 def test_paper_update_HSG_0_forgets_the_previous_point():
     assert not moves_without_gradient(zero1=0)
 
@@ -410,8 +429,8 @@ def test_the_stacked_path_of_gpus_is_the_path_of_cpus(norm, unit, layout):
     weights = [w.to(memory_format=layout) for w in weights]
     others = [w.clone() for w in weights]
     kept = 7 if unit == "filter" else 300
-    masks = ahsg_module._threshold_in_place(weights, kept, norm, unit)
-    assert torch.equal(masks, ahsg_module._threshold_stacked(others, kept, norm, unit))
+    masks = torch.stack(ahsg_module._threshold_in_place(weights, kept, norm, unit))
+    assert torch.equal(masks, torch.stack(ahsg_module._threshold_stacked(others, kept, norm, unit)))
     assert (masks.sum(1) == kept).all()
     assert same_bits(weights, others)
 
