@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import islice
 
 import torch
@@ -96,6 +97,7 @@ class DataLoader(TorchDataLoader):
             collate_fn = _as_it_is if getattr(dataset, "returns_batches", False) else default_collate
             if num_replicas > 1:
                 collate_fn = _CollateShare(collate_fn)
+        torch_options.setdefault("worker_init_fn", _leave_process_group)
         own_generator = torch_options.get("generator") is None
         if own_generator:
             torch_options["generator"] = torch.Generator()
@@ -121,6 +123,12 @@ class DataLoader(TorchDataLoader):
     def sizes(self, epoch: int | None = None) -> list[int]:
         """Sizes of the mini-batches of an epoch (that at hand by default), over all ranks together."""
         return self.batch_sampler.sizes(self._epoch if epoch is None else epoch)
+
+    def close(self) -> None:
+        """Ends persistent workers now rather than with the process; the next iter() starts new ones."""
+        iterator, self._iterator = getattr(self, "_iterator", None), None
+        if iterator is not None:
+            iterator._shutdown_workers()
 
     def set_epoch(self, epoch: int) -> None:
         """The next iter() begins this epoch, from its first mini-batch."""
@@ -173,6 +181,12 @@ class DataLoader(TorchDataLoader):
             yield batch
         if self._pass is this_pass:
             self._move_to(epoch + 1, 0)
+
+
+def _leave_process_group(worker: int) -> None:
+    """Ctrl-C at a terminal, and a signal to a process group, reach the training process alone, which ends its workers itself."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
 
 
 def _as_it_is(batch):

@@ -59,7 +59,12 @@ def narrow_like(net: nn.Module, state_dict: dict[str, Tensor], pads: dict[str, i
         if isinstance(block, BasicBlock) and hasattr(block.shortcut, "new_channels"):
             block.shortcut.new_channels = block.conv_b.out_channels - block.conv_a.in_channels
     for name, new_channels in (pads or {}).items():
-        net.get_submodule(name).new_channels = new_channels
+        try:
+            net.get_submodule(name).new_channels = new_channels
+        except AttributeError:
+            raise UserError(
+                f"the file pads a shortcut '{name}' that this network has not; use an intact file"
+            ) from None
     return net
 
 

@@ -145,7 +145,7 @@ def test_momentum_takes_the_parameters_memory_layout(train, tmp_path):
 
 
 def test_two_runs_never_begin_in_one_folder(tmp_path):
-    RunFolder(tmp_path, 1)
+    RunFolder(tmp_path, 1).close()
     with pytest.raises(UserError, match="has just begun"):
         RunFolder(tmp_path, 1)
 

@@ -13,36 +13,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.checkpoint_entries import first_odd_entry
+from utils.declared_sizes import Damaged, Unsafe, check_file
 from utils.errors import UserError
+from utils.files import replace_file
 
 # Marks files of this project; what only they hold (settings, metrics, random states) is read from them alone.
 FORMAT = "ahsg-ht 1"
 
 
-def write(checkpoint: dict, *paths: str | os.PathLike) -> None:
+def write(checkpoint: dict, *paths: str | os.PathLike, keep: Path | None = None) -> None:
     """Writes one checkpoint to each of the paths: to a temporary file beside it, flushed to the disk, then renamed.
+
+    Args:
+        checkpoint: plain values and tensors.
+        paths: of the files.
+        keep: where the file that the last path had before goes.
 
     Raises:
         UserError: the disk is full or the folder not writable; earlier files at the paths are untouched.
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **checkpoint}, buffer)
-    for path in map(Path, paths):
-        replace_file(path, buffer.getbuffer())
-
-
-def replace_file(path: Path, content: bytes | memoryview) -> None:
-    """Puts `content` at `path` atomically: readers and crashes see the old file or the new one, nothing between."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write '{path}' ({error.strerror}); what was there before is intact") from None
+    for number, path in enumerate(map(Path, paths), start=1):
+        replace_file(path, buffer.getbuffer(), keep=keep if number == len(paths) else None)
 
 
 def read(path: str | os.PathLike) -> dict:
@@ -50,7 +44,7 @@ def read(path: str | os.PathLike) -> dict:
 
     A bare state dict is wrapped, a `module.` prefix of the names is taken off; of files of others the entries arch, epoch,
     best_prec1 and optimizer are kept where they are what their names say. Only tensors and plain values are read
-    (torch's weights_only), so a file from others cannot run code.
+    (torch's weights_only), so a file from others cannot run code; sizes and checksums are compared before that.
 
     Raises:
         UserError: missing, damaged, unsafe, or no checkpoint.
@@ -59,18 +53,18 @@ def read(path: str | os.PathLike) -> dict:
     if not path.is_file():
         raise UserError(f"no checkpoint at '{path}'; check the path")
     try:
+        check_file(path)
         with warnings.catch_warnings():
             # torch warns of odd pickle protocols before it refuses or reads them.
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes the reader raise whatever its bytes lead to
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error) or "GLOBAL" in str(error):
-            raise UserError(
-                f"'{path}' holds more than tensors and plain values and is not read, as it could run code"
-            ) from None
+    except Unsafe as error:
         raise UserError(
-            f"'{path}' is damaged or is no PyTorch checkpoint ({type(error).__name__}); use an intact copy"
+            f"'{path}' holds more than tensors and plain values ({error}) and is not read, as it could run code"
         ) from None
+    except Exception as error:  # a damaged file makes the reader raise whatever its bytes lead to
+        reason = str(error) if isinstance(error, Damaged) else type(error).__name__
+        raise UserError(f"'{path}' is damaged or is no PyTorch checkpoint ({reason}); use an intact copy") from None
     if (
         isinstance(content, dict)
         and "state_dict" not in content
@@ -87,7 +81,17 @@ def read(path: str | os.PathLike) -> dict:
         raise UserError(f"'{path}' is no checkpoint: it has no state_dict of tensors")
     if all(name.startswith("module.") for name in weights):
         content["state_dict"] = {name.removeprefix("module."): value for name, value in weights.items()}
-    return content if content.get("format") == FORMAT else _entries_of_others(content)
+    if content.get("format") != FORMAT:
+        return _entries_of_others(content)
+    odd = first_odd_entry(content)
+    if odd is not None:
+        raise UserError(f"'{path}' says that it is of this project, but its {odd} is not; use an intact copy")
+    return content
+
+
+def progress(checkpoint: dict) -> tuple[int, int]:
+    """How far a checkpoint is: complete epochs, and mini-batches of the epoch under way."""
+    return checkpoint.get("epoch", 0), checkpoint.get("loader", {}).get("position", 0)
 
 
 def _entries_of_others(content: dict) -> dict:
@@ -144,11 +148,18 @@ def random_states() -> dict:
 
 
 def restore_random_states(states: dict) -> None:
-    """Sets all random generators as `random_states` found them; GPU states only when there are as many GPUs."""
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    """Sets all random generators as `random_states` found them; GPU states only when there are as many GPUs.
+
+    Raises:
+        UserError: the states are none that the generators take.
+    """
+    try:
+        torch.set_rng_state(states["torch"])
+        if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(states["cuda"])
+        version, internal, gauss = states["python"]
+        random.setstate((version, tuple(internal), gauss))
+        kind, keys, *rest = states["numpy"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"the checkpoint's random states are damaged ({type(error).__name__}); use another") from None

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from utils import checkpoint as checkpoints
+from utils.files import replace_file
 
 
 def draw_curves(history: list[dict], title: str, path: Path) -> None:
@@ -43,4 +43,4 @@ def draw_curves(history: list[dict], title: str, path: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
     plt.close(figure)
-    checkpoints.replace_file(path, picture.getvalue())
+    replace_file(path, picture.getvalue())

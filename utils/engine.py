@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from AHSG_HT import AHSG_HT
-from utils.distributed import sum_over_ranks, world_size
-from utils.errors import UserError
+from utils.distributed import gather, rank, sum_over_ranks, world_size
 
 
 @dataclass(frozen=True)
@@ -28,11 +27,33 @@ class PassResult:
 
 
 class RunningMeans:
-    """Sums of loss, correct answers and images, kept on the device; reading them waits for it and for the other ranks."""
+    """Sums of loss, correct answers and images, kept on the device; reading them waits for it and for the other ranks.
 
-    def __init__(self, device: torch.device):
-        self.sums = torch.zeros(4, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    Attributes:
+        sums: float64 (4,), over all images of this rank so far: loss, top-1 hits, top-5 hits, images.
+        t: number of the mini-batch that is added.
+        first_bad: int64, the number of the first mini-batch whose loss was not finite on this rank, -1 for none.
+    """
+
+    def __init__(self, device: torch.device, state: dict | None = None):
+        device = torch.device("cpu") if device.type == "mps" else device
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self.t = 0
         self.begin = time.perf_counter()
+        if state is not None:
+            sums = state["sums"]
+            # The order of additions is that of an uninterrupted run where there are as many ranks as then.
+            if len(sums) != world_size():
+                sums = torch.cat([sums.sum(0, keepdim=True), sums.new_zeros(world_size() - 1, len(self.sums))])
+            self.sums.copy_(sums[rank()])
+            self.begin -= state["seconds"]
+
+    def state_dict(self) -> dict:
+        """What a pass that is continued later starts from: the sums of every rank, float64 (ranks, 4), and the seconds. All
+        ranks must ask for it together."""
+        sums = torch.tensor(gather(self.sums.tolist()), dtype=torch.float64)
+        return {"sums": sums, "seconds": time.perf_counter() - self.begin}
 
     @torch.no_grad()
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -43,6 +64,8 @@ class RunningMeans:
             [loss.detach().double() * len(labels), hits[:, 0].sum().double(), hits.sum().double()]
         )
         self.sums[3] += len(labels)
+        bad = ~torch.isfinite(loss.detach()).to(self.first_bad.device)
+        self.first_bad = torch.where(bad & (self.first_bad < 0), self.t, self.first_bad)
 
     def read(self) -> PassResult:
         """The means so far, over all ranks: every rank must read equally often."""
@@ -63,8 +86,10 @@ def train_epoch(
     threshold_every: str = "step",
     max_images: int | None = None,
     on_step: Callable[[int, int, RunningMeans], None] = lambda t, size, means: None,
+    first: int = 0,
+    means: RunningMeans | None = None,
 ) -> PassResult:
-    """One pass over the training data.
+    """One pass over the training data, or what is left of it.
 
     Args:
         net: on `device`; left in training mode.
@@ -75,32 +100,61 @@ def train_epoch(
         threshold_every: "step", or "epoch": filters are thresholded after the epoch's last mini-batch only.
         max_images: images that a process takes through the network at once; see add_gradients.
         on_step: called after every mini-batch with its number, its size and the means so far.
-
-    Raises:
-        UserError: the loss is not finite.
+        first: number of the mini-batch at which the loader stands; that of the whole epoch when nothing is left to do.
+        means: those of the mini-batches before; None for new ones.
     """
     net.train()
     sizes = loader.sizes(epoch)
-    means = RunningMeans(device)
-    for t, (images, labels) in enumerate(loader):
-        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-        labels = labels.to(device, non_blocking=True)
-        optimizer.zero_grad(set_to_none=True)
-        add_gradients(net, objective, images, labels, sizes[t], max_images, means)
-        if isinstance(optimizer, AHSG_HT):
-            final = int(threshold_every == "step" or t == len(sizes) - 1)
-            optimizer.update_HSG(1)
-            optimizer.step(None, sizes[t] / sizes[0], epoch, final)
-        else:
-            optimizer.step()
-        on_step(t, sizes[t], means)
-    result = means.read()
-    if not torch.isfinite(torch.tensor(result.loss)):
-        rate = optimizer.param_groups[0]["lr"]
-        raise UserError(
-            f"the training loss of epoch {epoch} is {result.loss} at learning rate {rate:g}: lower --learning_rate; the checkpoint of the epoch before is intact"
+    means = means or RunningMeans(device)
+    for t, (images, labels) in enumerate(loader if first < len(sizes) else (), start=first):
+        images, labels = to_device(images, labels, device)
+        means.t = t
+        train_step(
+            net,
+            images,
+            labels,
+            objective,
+            optimizer,
+            means,
+            t=t,
+            sizes=sizes,
+            epoch=epoch,
+            threshold_every=threshold_every,
+            max_images=max_images,
         )
-    return result
+        on_step(t, sizes[t], means)
+    return means.read()
+
+
+def to_device(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A mini-batch where the network is, images in channels_last layout."""
+    images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+    return images, labels.to(device, non_blocking=True)
+
+
+def train_step(
+    net: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    objective: Callable,
+    optimizer: torch.optim.Optimizer,
+    means: RunningMeans,
+    *,
+    t: int,
+    sizes: list[int],
+    epoch: int,
+    threshold_every: str = "step",
+    max_images: int | None = None,
+) -> None:
+    """One step: the gradient of mini-batch t of the sizes of an epoch, and the optimizer's update; see train_epoch."""
+    optimizer.zero_grad(set_to_none=True)
+    add_gradients(net, objective, images, labels, sizes[t], max_images, means)
+    if isinstance(optimizer, AHSG_HT):
+        final = int(threshold_every == "step" or t == len(sizes) - 1)
+        optimizer.update_HSG(1)
+        optimizer.step(None, sizes[t] / sizes[0], epoch, final)
+    else:
+        optimizer.step()
 
 
 def add_gradients(
@@ -135,16 +189,21 @@ def add_gradients(
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, loader, device: torch.device) -> PassResult:
-    """Cross-entropy and accuracy of a network, in eval mode, over a loader whose mini-batches are split over ranks."""
+def evaluate(
+    net: nn.Module, loader, device: torch.device, *, on_batch: Callable[[], None] = lambda: None
+) -> PassResult:
+    """Cross-entropy and accuracy of a network, in eval mode, over a loader whose mini-batches are split over ranks.
+
+    `on_batch` is called after every mini-batch.
+    """
     was_training = net.training
     net.eval()
     means = RunningMeans(device)
     for images, labels in loader:
-        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-        labels = labels.to(device, non_blocking=True)
+        images, labels = to_device(images, labels, device)
         if len(labels):
             logits = net(images)
             means.add(F.cross_entropy(logits, labels), logits, labels)
+        on_batch()
     net.train(was_training)
     return means.read()

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from utils.signals import Stopped, stop
+
 
 class UserError(Exception):
     """Something the user can mend. The message is one line that names the value and the remedy.
@@ -21,10 +23,16 @@ class UserError(Exception):
 
 def run_main(main: Callable[[], object]) -> None:
     """Runs a script's main function; mistakes and what the system refuses become one line on stderr and
-    exit status 2, Ctrl-C exit status 130."""
+    exit status 2, Ctrl-C and SIGTERM exit status 130 and 143."""
     try:
-        main()
+        with stop.handled():
+            main()
         sys.stdout.flush()
+    except Stopped as stopped:
+        sys.stdout.flush()
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n{stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.signum)
     except UserError as error:
         _stop(str(error), error.of_one_rank)
     except BrokenPipeError:
@@ -32,11 +40,12 @@ def run_main(main: Callable[[], object]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        _stop(f"{error.strerror or error}: '{error.filename}'; check the path and its permissions")
+        named = f": '{error.filename}'; check the path and its permissions" if error.filename else ""
+        _stop(f"{error.strerror or error}{named}")
     except torch.cuda.OutOfMemoryError:
         _stop("the GPU's memory is full; use a smaller --batch_size and --k; the last checkpoint is intact")
     except KeyboardInterrupt:
-        print("\ninterrupted; the last checkpoint is that of the last complete epoch", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
 
 

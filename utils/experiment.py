@@ -20,12 +20,14 @@ from utils.compare_tables import comparison_line
 from utils.device import flush_denormals, seed_everything
 from utils.distillation import Distillation, checksum, share_classifier
 from utils.distributed import (
+    Agreement,
     LostRank,
     ParallelObjective,
     first_line,
     is_first,
     is_lost_connection,
     local_world_size,
+    on_all,
     rank,
     world_size,
 )
@@ -33,8 +35,9 @@ from utils.engine import evaluate
 from utils.errors import UserError
 from utils.objective import cross_entropy
 from utils.plan import format_plan, make_plan
-from utils.resume import Start
+from utils.resume import Start, resume_command
 from utils.run_folder import RunFolder, SilentFolder
+from utils.signals import stop
 from utils.training import Training, format_pass
 
 EVALUATION_BATCH = 500
@@ -85,10 +88,16 @@ class Experiment:
             objective = ParallelObjective(self.net, objective, self.device)
             # Every rank its own dropout.
             torch.manual_seed(self.args.manualSeed + rank() * 0x9E3779B1)
+        stop.reduce = Agreement() if world_size() > 1 else None
+        with on_all(self.open_folder) as run:
+            return self.train(run, optimizer, objective, train_loader, test_loader, plan, facts)
+
+    def train(self, run: RunFolder, optimizer, objective, train_loader, test_loader, plan, facts: dict) -> Path:
+        """The run itself, in its folder."""
         sizes = {"train_images": len(self.images.train), "test_images": len(self.images.test)}
         training = Training(
             args=self.args,
-            run=self.open_folder(),
+            run=run,
             arch=self.args.student,
             num_classes=len(self.images.classes),
             net=self.net,
@@ -100,6 +109,7 @@ class Experiment:
             plan=plan,
             data_source=self.images.source,
             facts={"command": shlex.join([*launcher(), self.script, *self.argv]), **sizes, **facts},
+            resume_command=lambda file: resume_command(self.script, self.argv, file, launcher()),
         )
         if self.start.checkpoint:
             training.restore(self.start.checkpoint, self.args.resume, continues=self.start.continues)
@@ -116,7 +126,9 @@ class Experiment:
     def open_folder(self) -> RunFolder:
         if not is_first():
             return SilentFolder(self.start.folder)
-        return RunFolder(self.start.folder, self.args.manualSeed, new=not self.start.folder_is_its_own)
+        start = self.start
+        resumed = (start.file, start.stamp) if start.folder_is_its_own else None
+        return RunFolder(start.folder, self.args.manualSeed, new=resumed is None, resumed=resumed)
 
     def evaluate(self, test_loader) -> None:
         """Tests the network of --resume and prints the release's line."""

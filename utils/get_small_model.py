@@ -24,6 +24,7 @@ from utils import checkpoint as checkpoints
 from utils.counts import Counts, count
 from utils.device import flush_denormals
 from utils.errors import UserError, run_main
+from utils.files import replace_file
 from utils.options import OneLineParser
 from utils.options import count as whole_number
 from utils.run_folder import check_writable
@@ -191,7 +192,7 @@ def export(small: nn.Module, example: Tensor, path: Path, kind: str) -> Path:
         torch.export.save(program, temporary)
     else:
         torch.onnx.export(program, f=temporary, external_data=False, verbose=False)
-    checkpoints.replace_file(target, temporary.read_bytes())
+    replace_file(target, temporary.read_bytes())
     temporary.unlink()
     return target
 

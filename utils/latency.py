@@ -28,6 +28,7 @@ from utils import checkpoint as checkpoints
 from utils.counts import multiply_adds
 from utils.device import describe_machine, flush_denormals
 from utils.errors import UserError, run_main
+from utils.files import replace_file
 from utils.options import OneLineParser, kept_rate
 from utils.options import count as whole_number
 from utils.run_folder import check_writable
@@ -219,7 +220,7 @@ def draw(found: list[Timing], title: str, path: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
     plt.close(figure)
-    checkpoints.replace_file(path, picture.getvalue())
+    replace_file(path, picture.getvalue())
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -291,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         rows = [{**asdict(t), "speed_up": t.speed_up} for t in found]
         content = {"arch": arch, "machine": machine, "timings": rows, "layers": layers}
-        checkpoints.replace_file(folder / f"latency.{arch}.json", (json.dumps(content, indent=1) + "\n").encode())
+        replace_file(folder / f"latency.{arch}.json", (json.dumps(content, indent=1) + "\n").encode())
         draw(found, title, folder / f"latency.{arch}.png")
         print(f"written: {folder / f'latency.{arch}.json'} and .png")
 

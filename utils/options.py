@@ -184,6 +184,12 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="checkpoint to continue, or to start from (finetune, evaluate); auto: the one in --save_path, if any",
     )
+    group.add_argument(
+        "--save_every",
+        type=count,
+        metavar="N",
+        help="mini-batches between two checkpoints within an epoch (none: at the end of every epoch)",
+    )
     group.add_argument("--evaluate", action="store_true", help="only test the network of --resume")
     group.add_argument("--manualSeed", "--seed", type=seed_number, default=1, help="seed of everything random (1)")
     group.add_argument("--workers", "-j", type=whole, default=0, help="processes that make mini-batches (0: this one)")
@@ -194,6 +200,30 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--use_state_dict", action="store_true", help="taken for the release's command lines; always so here"
     )
+
+
+def is_setting(name: str, value) -> bool:
+    """Whether a value from a checkpoint's settings is one that the command line could have given."""
+    parser = OneLineParser()
+    add_training_options(parser)
+    action = next((action for action in parser._actions if action.dest == name), None)
+    if action is None:
+        # An option of one script alone (data path, data set): a name.
+        return isinstance(value, str)
+    if action.nargs == 0:
+        return isinstance(value, bool)
+    if value is None:
+        return True
+    if isinstance(value, list) != (action.nargs == "+"):
+        return False
+    try:
+        for entry in value if isinstance(value, list) else [value]:
+            if parser._get_value(action, str(entry)) != entry:
+                return False
+            parser._check_value(action, entry)
+    except argparse.ArgumentError:
+        return False
+    return True
 
 
 def resolve_recipe(args: argparse.Namespace, given: set[str]) -> argparse.Namespace:

@@ -20,14 +20,20 @@ class EpochProgress:
         epoch, epochs: number of this epoch, from 0, and of all.
         steps: mini-batches of this epoch.
         print_freq: mini-batches between two lines. Only then are the means read, which waits for the device.
+        first: mini-batches that an interrupted run has behind it.
     """
 
-    def __init__(self, run: RunFolder, epoch: int, epochs: int, steps: int, print_freq: int):
+    def __init__(self, run: RunFolder, epoch: int, epochs: int, steps: int, print_freq: int, first: int = 0):
         self.run, self.epoch, self.steps, self.print_freq = run, epoch, steps, print_freq
         self.bar = None
         if sys.stderr.isatty() and is_first():
             self.bar = tqdm(
-                total=steps, desc=f"epoch {epoch + 1}/{epochs}", unit="batch", dynamic_ncols=True, leave=False
+                total=steps,
+                initial=first,
+                desc=f"epoch {epoch + 1}/{epochs}",
+                unit="batch",
+                dynamic_ncols=True,
+                leave=False,
             )
 
     def __enter__(self) -> EpochProgress:
@@ -37,10 +43,14 @@ class EpochProgress:
         if self.bar is not None:
             self.bar.close()
 
+    def is_due(self, t: int) -> bool:
+        """Whether mini-batch t gets a line."""
+        return t % self.print_freq == 0 or t == self.steps - 1
+
     def on_step(self, t: int, size: int, means: RunningMeans) -> None:
         if self.bar is not None:
             self.bar.update()
-        if t % self.print_freq == 0 or t == self.steps - 1:
+        if self.is_due(t):
             now = means.read()
             self.run.log(
                 f"  Epoch: [{self.epoch:03d}][{t:03d}/{self.steps:03d}]   Batch {size}   Time {now.seconds:.1f}   "

@@ -3,17 +3,26 @@
 A checkpoint of this project carries its settings. Resumed, a run takes them over where the command line is silent, so that
 `--resume FILE` alone is the same run. With another --recipe than its own (finetune above all) the file is a starting point
 instead: weights and momentum, a new folder, epoch 0. Files of others have no settings; they continue at their epoch in a new folder.
+
+A folder has up to three checkpoints of a run: checkpoint (the latest), previous (the one before) and best. Of these `--resume auto`
+takes the one that is furthest on among those that can be read, and names those that cannot.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
+import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils import checkpoint as checkpoints
 from utils.errors import UserError
-from utils.run_folder import RUNS, check_writable, new_run_path
+from utils.options import is_setting
+from utils.run_folder import RUNS, check_writable, file_stamp, new_run_path
+from utils.run_lock import check_free
 
 # Settings that two runs share when they are the same run.
 SAME_RUN = (
@@ -22,6 +31,9 @@ SAME_RUN = (
     *("teacher", "loss", "kd_on", "kd_weight", "kd_T", "share_classifier", "widths_of"),
     *("max_images_per_step", "sync_bn"),
 )
+# Those that decide which images make up a mini-batch, and so what a position in the middle of an epoch means.
+SAME_BATCHES = ("dataset", "batch_size", "k", "growth", "max_batch_size", "no_restart", "manualSeed")
+KINDS = ("checkpoint", "previous", "best")
 # Of these a new run that starts from a checkpoint keeps what describes the network.
 SAME_NETWORK = ("dataset", "HTrate", "norm")
 
@@ -35,6 +47,8 @@ class Start:
         checkpoint: its content, None for a new network.
         continues: epochs, metrics and random states go on; otherwise only weights and momentum are taken.
         folder_is_its_own: the folder is that of the checkpoint.
+        file: the checkpoint's.
+        stamp: of that file just before it was read; see file_stamp.
         notes: lines for the log.
     """
 
@@ -42,6 +56,8 @@ class Start:
     checkpoint: dict | None = None
     continues: bool = False
     folder_is_its_own: bool = False
+    file: Path | None = None
+    stamp: tuple | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -59,6 +75,10 @@ def adopt_settings(args: argparse.Namespace, given: set[str], checkpoint: dict |
     taken = given | ({"HTrate"} if "prune_rate" in given else set()) | ({"schedule"} if args.fit_schedule else set())
     for name in names:
         if name in saved and name not in taken:
+            if not is_setting(name, saved[name]):
+                raise UserError(
+                    f"'{args.resume}' was saved with {name}={saved[name]!r}, which is no such setting; give --{name}"
+                )
             # A constant mini-batch is a choice, which the recipe must not fill in again.
             setattr(args, name, "none" if name == "k" and saved[name] is None else saved[name])
 
@@ -80,14 +100,17 @@ def find_start(args: argparse.Namespace, given: set[str], checkpoint: dict | Non
     Raises:
         UserError: the checkpoint is of another network, or the folder holds another run or cannot be written to.
     """
+    damaged: list[str] = []
     if args.resume == "auto":
-        found = _find_run(args, arch, name)
+        found, checkpoint = _find_run(args, arch, name, damaged)
         if found is None and (args.evaluate or args.recipe == "finetune"):
             raise UserError(f"--resume auto finds no such run in '{args.save_path or RUNS}'; name the checkpoint")
+        for line in damaged:
+            print(line, flush=True)
         args.resume = str(found) if found else None
-        checkpoint = checkpoints.read(found) if found else None
+    stamp = file_stamp(Path(args.resume)) if args.resume else None
     if checkpoint is None:
-        return Start(new_run_path(args.save_path, name))
+        return Start(new_run_path(args.save_path, name), notes=damaged)
     saved_arch = checkpoint.get("arch", arch)
     if saved_arch != arch:
         raise UserError(f"'{args.resume}' is a checkpoint of {saved_arch}, not of {arch}; use --arch {saved_arch}")
@@ -104,15 +127,36 @@ def find_start(args: argparse.Namespace, given: set[str], checkpoint: dict | Non
         return Start(new_run_path(args.save_path, name), checkpoint, continues=True)
     if not is_same_recipe(args, given, saved):
         return Start(new_run_path(args.save_path, name), checkpoint)
-    notes = [f"note: other than in '{args.resume}': {change}" for change in changed_settings(args, checkpoint)]
+    notes = damaged + [
+        f"note: other than in '{args.resume}': {change}" for change in changed_settings(args, checkpoint)
+    ]
+    _check_position(args, checkpoint)
     own = Path(args.resume).parent
     if args.save_path and Path(args.save_path).resolve() != own.resolve():
         return Start(new_run_path(args.save_path, name), checkpoint, continues=True, notes=notes)
     check_writable(own)
+    check_free(own)
     latest = own / f"checkpoint.{arch}.pth.tar"
-    if _epochs(latest) > checkpoint["epoch"]:
+    if not _same_file(latest, args.resume) and _progress(latest) > checkpoints.progress(checkpoint):
         raise UserError(f"'{latest}' is further on than '{args.resume}'; resume it, or choose another --save_path")
-    return Start(own, checkpoint, continues=True, folder_is_its_own=True, notes=notes)
+    return Start(own, checkpoint, True, True, Path(args.resume), stamp, notes)
+
+
+def _check_position(args: argparse.Namespace, checkpoint: dict) -> None:
+    """Raises UserError when a checkpoint from the middle of an epoch cannot be continued with these settings."""
+    epoch, position = checkpoints.progress(checkpoint)
+    if not position:
+        return
+    changed = [n for n in SAME_BATCHES if n in checkpoint["settings"] and checkpoint["settings"][n] != getattr(args, n)]
+    if changed:
+        raise UserError(
+            f"'{args.resume}' is {position} mini-batches into an epoch, which another --{changed[0]} ({getattr(args, changed[0])}) would "
+            "cut differently; leave it out, or resume a checkpoint from the end of an epoch"
+        )
+    if epoch >= args.epochs:
+        raise UserError(
+            f"'{args.resume}' is {position} mini-batches into epoch {epoch + 1}, --epochs {args.epochs} ends before; use a larger --epochs"
+        )
 
 
 def changed_settings(args: argparse.Namespace, checkpoint: dict) -> list[str]:
@@ -121,22 +165,88 @@ def changed_settings(args: argparse.Namespace, checkpoint: dict) -> list[str]:
     return [f"{n} {saved[n]} -> {getattr(args, n)}" for n in SAME_RUN if n in saved and saved[n] != getattr(args, n)]
 
 
-def _find_run(args: argparse.Namespace, arch: str, name: str) -> Path | None:
-    """The newest checkpoint of a run with these settings that is no longer than this one."""
+def _find_run(args: argparse.Namespace, arch: str, name: str, damaged: list[str]) -> tuple[Path | None, dict | None]:
+    """The newest run with these settings that is no longer than this one: its furthest good checkpoint, and the content.
+
+    Args:
+        damaged: gets a line for every checkpoint that is passed over because it cannot be read.
+
+    Raises:
+        UserError: --save_path has checkpoints, and none can be read.
+    """
     folders = [Path(args.save_path)] if args.save_path else [RUNS / name, *RUNS.glob(f"{name}-*")]
     matching = []
     for folder in folders:
-        file = folder / f"checkpoint.{arch}.pth.tar"
-        if 0 <= _epochs(file) <= args.epochs:
+        file, checkpoint = _furthest(folder, arch, damaged)
+        if checkpoint is None:
+            continue
+        is_same = "settings" in checkpoint and not changed_settings(args, checkpoint)
+        if is_same and checkpoints.progress(checkpoint) <= (args.epochs, 0):
+            matching.append((file.stat().st_mtime, file, checkpoint))
+    if not matching:
+        if damaged and args.save_path and all(not _readable(folders[0], arch, kind) for kind in KINDS):
+            raise UserError(
+                f"{damaged[0].removeprefix('note: ')}; none in '{folders[0]}' can be read: choose another --save_path"
+            )
+        return None, None
+    _, file, checkpoint = max(matching, key=lambda entry: entry[:2])
+    return file, checkpoint
+
+
+def _furthest(folder: Path, arch: str, damaged: list[str]) -> tuple[Path | None, dict | None]:
+    """The checkpoint of a folder that is furthest on: the latest, or where it is missing or damaged the better of the others."""
+    found: list[tuple[tuple[int, int], Path, dict]] = []
+    for kind in KINDS:
+        file = folder / f"{kind}.{arch}.pth.tar"
+        if not file.is_file() or (found and found[0][1].name.startswith("checkpoint.")):
+            continue
+        try:
             checkpoint = checkpoints.read(file)
-            if "settings" in checkpoint and not changed_settings(args, checkpoint):
-                matching.append((file.stat().st_mtime, file))
-    return max(matching)[1] if matching else None
+        except UserError as error:
+            damaged.append(f"note: {error}")
+            continue
+        found.append((checkpoints.progress(checkpoint), file, checkpoint))
+    if not found:
+        return None, None
+    _, file, checkpoint = max(found, key=lambda entry: entry[0])
+    return file, checkpoint
 
 
-def _epochs(file: Path) -> int:
-    """Epochs done of a checkpoint, -1 where there is none that can be read."""
+def _readable(folder: Path, arch: str, kind: str) -> bool:
+    return _progress(folder / f"{kind}.{arch}.pth.tar") >= (0, 0)
+
+
+def _progress(file: Path) -> tuple[int, int]:
+    """How far a checkpoint is, (-1, 0) where there is none that can be read."""
     try:
-        return checkpoints.read(file).get("epoch", 0)
+        return checkpoints.progress(checkpoints.read(file))
     except UserError:
-        return -1
+        return -1, 0
+
+
+def _same_file(a: Path, b: str | Path) -> bool:
+    return a.exists() and a.samefile(b)
+
+
+def resume_command(script: str, argv: list[str], file: str, launcher: list[str]) -> str:
+    """The command line of a run that continues from `file`: that of the run itself, with this --resume.
+
+    Args:
+        script: file name of the training script.
+        argv: its arguments.
+        file: a checkpoint of the run.
+        launcher: the words before the script.
+    """
+    kept, left = [], list(argv)
+    while left:
+        word = left.pop(0)
+        if word == "--resume":
+            left[:1] = []
+        elif not word.startswith("--resume="):
+            kept.append(word)
+    if launcher == ["python"]:
+        # Outside of an activated environment `python` may be another one, or none.
+        found = shutil.which("python")
+        launcher = launcher if found and os.path.samefile(found, sys.executable) else [sys.executable]
+    program = sys.argv[0] if os.path.basename(sys.argv[0]) == script else script
+    return shlex.join([*launcher, program, *kept, "--resume", file])

@@ -6,8 +6,9 @@ import argparse
 import copy
 import hashlib
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -18,14 +19,16 @@ from utils import checkpoint as checkpoints
 from utils.counts import multiply_adds
 from utils.curves import draw_curves
 from utils.device import describe_machine, describe_versions
+from utils.diagnosis import Watch, explain_test_loss
 from utils.distributed import average_batchnorm, gather, is_first, rank, world_size
-from utils.engine import PassResult, evaluate, train_epoch
+from utils.engine import PassResult, RunningMeans, evaluate, train_epoch
 from utils.errors import UserError
 from utils.get_small_model import table, write_small
-from utils.plan import Layer, check_plan, count_zero_filters, kept_filters
+from utils.plan import Layer, count_zero_filters, kept_filters
 from utils.progress import EpochProgress, format_seconds
 from utils.recipes import learning_rate_at
 from utils.run_folder import RunFolder
+from utils.signals import Stopped, stop
 from utils.small_network import make_small
 
 # Seconds between two drawings of the curves while a run is under way.
@@ -44,6 +47,8 @@ class Training:
         plan: filters to keep per convolution.
         history: a row of metrics per epoch of this run.
         epochs_done: epochs behind the network, more than the history where it came from a file of others.
+        position: mini-batches behind it of the epoch under way; all of them while the network is tested.
+        resume_command: the command line that continues from a file, for the last words of a run that is stopped.
         best: best test accuracy of this run so far, in %; -1 before the first epoch.
         facts: further entries for results.json.
         start: filters that were not zero in the checkpoint that the run started from; None for a new network.
@@ -63,9 +68,14 @@ class Training:
     data_source: str
     history: list[dict] = field(default_factory=list)
     epochs_done: int = 0
+    position: int = 0
+    resume_command: Callable[[str], str] = lambda file: f"--resume {file}"
     best: float = -1.0
     facts: dict = field(default_factory=dict)
     start: dict[str, list[int]] | None = None
+    _means: RunningMeans | None = None
+    _saved_means: dict | None = None
+    _saved: tuple[str, int, int] | None = None
 
     @property
     def adapters(self) -> nn.Module | None:
@@ -76,9 +86,45 @@ class Training:
     def thresholds(self) -> bool:
         return isinstance(self.optimizer, AHSG_HT) and self.args.HTrate < 1
 
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Everything that a checkpoint keeps and that must be finite, by name."""
+        yield from self.net.state_dict().items()
+        yield from (self.adapters.state_dict().items() if self.adapters is not None else ())
+        names = {p: name for name, p in self.net.named_parameters()}
+        for p, state in self.optimizer.state.items():
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    yield f"{key} of {names.get(p, 'an adapter')}", value
+
     def train(self) -> dict | None:
-        """Runs the epochs that are left and returns what it wrote to results.json; None when no epoch was ever run here."""
-        args, history = self.args, self.history
+        """Runs the epochs that are left and returns what it wrote to results.json; None when no epoch was ever run here.
+
+        Raises:
+            Stopped: on SIGTERM or Ctrl-C, after the mini-batch at hand, with a checkpoint.
+            UserError: the loss is not finite, or the filters break the plan.
+        """
+        try:
+            with stop.deferred():
+                self._run_epochs()
+            if not self.history:
+                return None
+            # Also when no epoch was left: the run may have been killed between its last checkpoint and its results.
+            if is_first():
+                self.facts["network"] = self.count_network()
+            if self.thresholds and is_first():
+                self.facts["small"] = self.write_small()
+            return self.write_results(kept_filters(self.net), curves=True)
+        except Stopped as stopped:
+            command = self.resume_command(self._saved[0]) if self._saved else None
+            stopped = Stopped(stopped.signum, self.last_good(), command)
+            self.run.log(f"\n{stopped}", show=False)
+            raise stopped from None
+        finally:
+            self.train_loader.close()
+
+    def _run_epochs(self) -> None:
+        args = self.args
+        self.run.mend_metrics(self.history)
         last_drawn, begin, begin_epoch = time.monotonic(), time.monotonic(), self.epochs_done
         for epoch in range(begin_epoch, args.epochs):
             lr = learning_rate_at(epoch, args.learning_rate, args.schedule, args.gammas)
@@ -90,60 +136,103 @@ class Training:
                 f"\n==>>[{time.strftime('%Y-%m-%d-%H:%M:%S')}] [Epoch={epoch:03d}/{args.epochs:03d}] [Need: {format_seconds(need)}] "
                 f"[learning_rate={lr:6.4f}] [Best : Accuracy={max(self.best, 0):.2f}, Error={100 - max(self.best, 0):.2f}]"
             )
-            self.train_loader.set_epoch(epoch)
-            with EpochProgress(self.run, epoch, args.epochs, len(self.train_loader), args.print_freq) as progress:
-                trained = train_epoch(
-                    self.net,
-                    self.train_loader,
-                    self.objective,
-                    self.optimizer,
-                    self.device,
-                    epoch=epoch,
-                    threshold_every=args.threshold_every,
-                    max_images=args.max_images_per_step,
-                    on_step=progress.on_step,
-                )
-            average_batchnorm(self.net)
+            trained = self._train_epoch(epoch)
             self.run.log(format_pass("Train", trained))
-            tested = evaluate(self.net, self.test_loader, self.device)
+            tested = evaluate(self.net, self.test_loader, self.device, on_batch=self._stop_while_testing)
             self.run.log(format_pass("Test", tested))
+            if not math.isfinite(tested.loss):
+                layer = explain_test_loss(self.net, self.test_loader, self.device)
+                raise UserError(
+                    f"the test loss of epoch {epoch} is {tested.loss} (learning rate {lr:g}), first not finite: {layer}; "
+                    f"lower --learning_rate; {self.last_good()}"
+                )
             kept = kept_filters(self.net)
             check_same_on_all_ranks(kept, epoch)
             if self.thresholds:
-                check_plan(self.plan, kept, self.start)
                 self.run.log(f"  **Filters** zero: {count_zero_filters(self.plan, kept)}")
-            history.append(
-                dict(
-                    epoch=epoch,
-                    lr=lr,
-                    train_loss=trained.loss,
-                    train_acc=trained.top1,
-                    test_loss=tested.loss,
-                    test_acc=tested.top1,
-                    images_per_s=trained.images_per_s,
-                    seconds=trained.seconds + tested.seconds,
-                )
+            row = dict(
+                epoch=epoch,
+                lr=lr,
+                train_loss=trained.loss,
+                train_acc=trained.top1,
+                test_loss=tested.loss,
+                test_acc=tested.top1,
+                images_per_s=trained.images_per_s,
+                seconds=trained.seconds + tested.seconds,
             )
-            self.epochs_done = epoch + 1
+            self.history.append(row)
+            self.epochs_done, self.position, self._means = epoch + 1, 0, None
             is_best = tested.top1 > self.best
             self.best = max(self.best, tested.top1)
-            self.run.save_checkpoint(self.checkpoint(), is_best)
+            self._save(is_best=is_best)
+            self.run.append_metrics(row)
             if self.epochs_done < args.epochs:
                 self.write_results(kept, curves=time.monotonic() - last_drawn > DRAW_SECONDS)
                 last_drawn = time.monotonic() if time.monotonic() - last_drawn > DRAW_SECONDS else last_drawn
-        if not history:
-            return None
-        # Also when no epoch was left: the run may have been killed between its last checkpoint and its results.
-        if is_first():
-            self.facts["network"] = self.count_network()
-        if self.thresholds and is_first():
-            self.facts["small"] = self.write_small()
-        return self.write_results(kept_filters(self.net), curves=True)
+            if signum := stop.pending():
+                raise Stopped(signum)
+
+    def _train_epoch(self, epoch: int) -> PassResult:
+        """The training pass of an epoch, or what is left of it."""
+        args, loader = self.args, self.train_loader
+        steps, first = len(loader.sizes(epoch)), self.position
+        loader.load_state_dict({"seed": loader.seed, "epoch": epoch, "position": first})
+        self._means = RunningMeans(self.device, self._saved_means)
+        self._saved_means = None
+        watch = Watch(self)
+        watch.begin(epoch, first)
+        with EpochProgress(self.run, epoch, args.epochs, steps, args.print_freq, first) as progress:
+
+            def on_step(t: int, size: int, means: RunningMeans) -> None:
+                self.position = t + 1
+                is_last = t + 1 == steps
+                is_due = args.save_every is not None and (t + 1) % args.save_every == 0 and not is_last
+                stops = stop.pending()
+                if is_last or is_due or stops or progress.is_due(t):
+                    watch.check(t, means, thorough=bool(is_last or is_due or stops))
+                progress.on_step(t, size, means)
+                if is_due or stops:
+                    self._save(is_best=False)
+                if stops:
+                    raise Stopped(stops)
+
+            trained = train_epoch(
+                self.net,
+                loader,
+                self.objective,
+                self.optimizer,
+                self.device,
+                epoch=epoch,
+                threshold_every=args.threshold_every,
+                max_images=args.max_images_per_step,
+                on_step=on_step,
+                first=first,
+                means=self._means,
+            )
+        if first < steps:
+            average_batchnorm(self.net)
+        return trained
+
+    def _stop_while_testing(self) -> None:
+        if signum := stop.pending():
+            self._save(is_best=False)
+            raise Stopped(signum)
+
+    def _save(self, *, is_best: bool) -> None:
+        self.run.save_checkpoint(self.checkpoint(), is_best)
+        self._saved = str(self.run.checkpoint_path(self.arch)), self.epochs_done, self.position
+
+    def last_good(self) -> str:
+        """What is on the disk, in words."""
+        if self._saved is None:
+            return "no checkpoint has been written yet"
+        file, epochs, position = self._saved
+        within = f" and {position} mini-batches of the next" if position else ""
+        return f"'{file}' holds {epochs} of {self.args.epochs} epochs{within}"
 
     def write_results(self, kept: dict[str, list[int]], *, curves: bool) -> dict:
-        """Writes metrics.csv, results.json and, on demand, curves.png; returns the results."""
+        """Writes results.json and, on demand, curves.png; returns the results."""
         results = self.results(kept)
-        self.run.write_metrics(self.history)
         self.run.write_results(results)
         if curves and is_first():
             draw_curves(self.history, self.title(), self.run.path / "curves.png")
@@ -169,10 +258,21 @@ class Training:
             "history": self.history,
             "random_states": random_states[0],
             **({"random_states_of_ranks": random_states} if world_size() > 1 else {}),
-            "loader": self.train_loader.state_dict(),
+            "loader": {"seed": self.train_loader.seed, "epoch": self.epochs_done, "position": self.position},
+            **self._state_within_epoch(),
             # The student's weights stay deployable by themselves: what only training needs is kept apart.
             **({"adapters": self.adapters.state_dict()} if self.adapters is not None else {}),
         }
+
+    def _state_within_epoch(self) -> dict:
+        """What a checkpoint from the middle of an epoch has besides: the means so far, and each rank's own BatchNorm statistics,
+        which the end of the epoch brings together."""
+        if not self.position:
+            return {}
+        state = {"running_means": self._means.state_dict()}
+        if world_size() > 1:
+            state["batchnorm_of_ranks"] = gather({name: buffer.cpu() for name, buffer in self.net.named_buffers()})
+        return state
 
     def restore(self, checkpoint: dict, path: str, *, continues: bool) -> None:
         """Takes weights and momentum from a checkpoint; a run that `continues` also epochs, metrics, loader and random states.
@@ -197,6 +297,13 @@ class Training:
             self.history.extend(checkpoint["history"])
             self.best = checkpoint["best_prec1"]
             self.train_loader.load_state_dict(checkpoint["loader"])
+            self.position = checkpoint["loader"]["position"]
+            self._saved_means = checkpoint["running_means"] if self.position else None
+            self._saved = path, self.epochs_done, self.position
+            buffers = checkpoint.get("batchnorm_of_ranks", [])
+            if len(buffers) == world_size():
+                for name, buffer in self.net.named_buffers():
+                    buffer.copy_(buffers[rank()][name])
             states = checkpoint.get("random_states_of_ranks", [checkpoint["random_states"]])
             if rank() == 0 or len(states) == world_size():
                 checkpoints.restore_random_states(states[rank()])
