@@ -132,7 +132,8 @@ def test_controls_differ_in_what_they_control_only(plan):
     assert scratch.needs == cost.needs == (rows["prune"].folder,)
     settings = scratch.settings()
     assert settings.widths_of == str(rows["prune"].folder / "small.resnet20.pth.tar")
-    assert (settings.recipe, settings.HTrate, settings.epochs) == ("baseline", 1.0, 200)
+    assert (settings.recipe, settings.HTrate, settings.v, settings.epochs) == ("baseline", 1.0, 0, 200)
+    assert (settings.batch_size, settings.k) == (prune["batch_size"], prune["k"])
 
 
 def test_a_shortened_table_shares_one_schedule(plan):
@@ -287,9 +288,9 @@ def test_the_dry_run_prints_the_plan_with_hours_and_starts_nothing(tmp_path, mon
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     table.main(flags.split())
     out = capsys.readouterr().out
-    # 36 epochs of 10,000 images and a third of 2,000 more at 100 images per second: 1.07 hours.
-    assert out.count("36 epochs") == 2 and out.count("1.07 h  calibrated") == 2
-    assert "left about 2.1 hours of runs, 1.1 hours with 2 at a time" in out
+    # 36 epochs of 10,000 images and a third of 2,000 more at 100 images per second: 64 minutes.
+    assert out.count("36 epochs") == 2 and out.count("01:04:00  calibrated") == 2
+    assert "left about 2.1 hours of runs, 1.1 hours (01:04:00) with 2 at a time" in out
     assert not list(tmp_path.iterdir())
 
 

@@ -158,10 +158,10 @@ class Hours:
             status = {"done": f"  done, {remark}", "begun": f"  begun, {remark}", "new": ""}.get(
                 there, f"  REFUSED: {remark}"
             )
-            lines.append(f"{row.name:{width}}  {epochs:>9} epochs  {seconds / 3600:8.2f} h{source}{status}")
+            lines.append(f"{row.name:{width}}  {epochs:>9} epochs  {format_seconds(seconds):>10}{source}{status}")
         lines.append(
-            f"{len(self.rows)} runs; left about {sum(left) / 3600:.1f} hours of runs, {self.wall(left) / 3600:.1f} hours with "
-            f"{self.jobs} at a time if they do not slow each other down"
+            f"{len(self.rows)} runs; left about {sum(left) / 3600:.1f} hours of runs, {self.wall(left) / 3600:.1f} hours "
+            f"({format_seconds(self.wall(left))}) with {self.jobs} at a time if they do not slow each other down"
         )
         return "\n".join(lines)
 

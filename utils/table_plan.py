@@ -25,7 +25,7 @@ class Method:
         flags: what it adds.
         pruned: it has a row per rate.
         teacher: it needs a trained teacher.
-        small: it trains the small network of the `prune` row of the same rate and seed from scratch.
+        small: it trains the small network of the `prune` row of the same rate and seed from scratch, with the mini-batches of that row.
         equal_cost: with as many epochs as cost the multiply-adds that `prune` cost; otherwise with as many epochs.
     """
 
@@ -160,7 +160,8 @@ def make_plan(
         path = folder / f"{args.dataset}-{arch}-{method}{rate}{f'-from-{taught}' if taught else ''}{length}-seed{seed}"
         if path in rows:
             return path
-        taken = {} if kind.pruned and not kind.small else dict(PRUNED_ONLY)
+        taken = {} if kind.pruned else dict(PRUNED_ONLY)
+        taken |= {"v": 1, "norm": 1} if kind.small else {}
         taken |= {} if kind.teacher else DISTILLED_ONLY
         taken |= GROWTH if "--k" in kind.flags else {}
         own = [*without(common, taken), "--recipe", kind.recipe, *kind.flags]
@@ -175,6 +176,9 @@ def make_plan(
         if kind.small:
             needs.append(add("prune", arch, HTrate, seed))
             own += ["--widths_of", str(needs[0] / f"small.{arch}.pth.tar")]
+            for name in ("batch_size", "k"):
+                given = getattr(args, name)
+                own += [] if given else [f"--{name}", str(RECIPES["prune"][name])]
         elif kind.pruned:
             own += ["--HTrate", f"{HTrate:g}"]
         own += ["--manualSeed", str(seed)]
