@@ -10,8 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from utils import checkpoint as checkpoints
 from utils.errors import UserError
+from utils.files import replace_file
 from utils.own_runs import Group, odd_data
 from utils.published import Published
 
@@ -53,7 +53,7 @@ def draw_accuracy(groups: list[Group], published: list[Published], path: Path) -
     figure.savefig(picture, format="png", dpi=100, metadata={"Software": None})
     plt.close(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.replace_file(path, picture.getvalue())
+    replace_file(path, picture.getvalue())
 
 
 def _published_point(row: Published, full: int) -> tuple:

@@ -17,10 +17,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils import checkpoint as checkpoints
 from utils.accuracy_picture import draw_accuracy
 from utils.compare_rows import against_published, make_rows, own_row
 from utils.errors import UserError, run_main
+from utils.files import replace_file
 from utils.method_order import order
 from utils.options import OneLineParser
 from utils.own_runs import ROOT, find_runs, group_runs, not_comparable, odd_data, show_path
@@ -81,9 +81,9 @@ def update() -> list[Path]:
     text = replace_block(readme.read_text(encoding="utf-8"), readme_block())
     groups, _ = group_runs(find_runs([RESULTS])[0])
     tables, picture = RESULTS / "tables.md", RESULTS / "accuracy.png"
-    checkpoints.replace_file(tables, report([RESULTS], "markdown")[0].encode())
+    replace_file(tables, report([RESULTS], "markdown")[0].encode())
     draw_accuracy(groups, read_published(), picture)
-    checkpoints.replace_file(readme, text.encode())
+    replace_file(readme, text.encode())
     return [tables, picture, readme]
 
 
