@@ -162,7 +162,11 @@ def test_equal_cost_takes_its_epochs_from_the_finished_run(plan):
     folder = row.needs[0]
     folder.mkdir(parents=True)
     committed = json.loads((Path(script.__file__).parent / "results/cpu-10-epochs/prune/results.json").read_text())
+    (folder / "results.json").write_text(json.dumps({**committed, "small": {"error": "too different"}}))
+    with pytest.raises(UserError, match="has no small network: too different"):
+        row.command()
     (folder / "results.json").write_text(json.dumps(committed))
+    (folder / "small.resnet20.pth.tar").write_bytes(b"")
     settings = script.parse_args([f for f in row.command() if f not in ("--resume", "auto")])
     # 40,551,040 / 21,420,768 of 10 epochs.
     assert (settings.epochs, settings.schedule) == (19, [1, 6, 11, 15])

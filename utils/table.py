@@ -143,7 +143,7 @@ class Hours:
 
     def epochs(self, row: Row) -> int:
         """Epochs of a row; those of equal cost are a guess until the other run has ended."""
-        return round(row.epochs / cost_share(row)) if row.equal_cost_of else row.epochs
+        return round(row.epochs / cost_share(row)) if row.equal_cost else row.epochs
 
     def plan(self) -> str:
         """A line per row, and the sum."""
@@ -154,7 +154,7 @@ class Hours:
             seconds = 0.0 if there == "done" else self.of(row)
             left.append(seconds)
             source = "" if there == "done" else f"  {self.speeds.of(row).source}"
-            epochs = f"{'about ' if row.equal_cost_of else ''}{self.epochs(row)}"
+            epochs = f"{'about ' if row.equal_cost else ''}{self.epochs(row)}"
             status = {"done": f"  done, {remark}", "begun": f"  begun, {remark}", "new": ""}.get(
                 there, f"  REFUSED: {remark}"
             )

@@ -68,7 +68,7 @@ class Row:
         HTrate: share of the filters kept; of a small network trained from scratch that of the run it comes from.
         flags: its command line less what only a finished run can tell (epochs of equal cost), --save_path and --resume.
         needs: folders of runs that must have ended well before.
-        equal_cost_of: folder of the run whose cost decides the epochs; then `epochs` and the schedule are not among the flags.
+        equal_cost: the cost of the run it needs decides the epochs, so that they and the schedule are not among the flags.
         epochs: planned; for equal cost those of the other run.
     """
 
@@ -80,7 +80,7 @@ class Row:
     flags: tuple[str, ...]
     needs: tuple[Path, ...]
     epochs: int
-    equal_cost_of: Path | None = None
+    equal_cost: bool = False
 
     @property
     def name(self) -> str:
@@ -90,18 +90,20 @@ class Row:
         """The complete flags of the training script.
 
         Raises:
-            UserError: the run whose cost decides the epochs has no usable results.
+            UserError: the run whose small network is wanted has none, or no usable results.
         """
         flags = list(self.flags)
-        if self.equal_cost_of:
+        if METHODS[self.method].small:
+            (other,) = self.needs
             try:
-                costs = read_run(self.equal_cost_of / "results.json").costs
+                run = read_run(other / "results.json")
             except Damaged as error:
-                raise UserError(f"'{self.equal_cost_of / 'results.json'}' is damaged: {error}") from None
-            if not costs.multiply_adds:
-                raise UserError(
-                    f"the small network of '{self.equal_cost_of}' was not written, so its cost is not known"
-                )
+                raise UserError(f"'{other / 'results.json'}' is damaged: {error}") from None
+            if not (other / f"small.{self.arch}.pth.tar").is_file():
+                why = run.results.get("small", {}).get("error", "its file is gone")
+                raise UserError(f"'{other}' has no small network: {why}")
+            costs = run.costs
+        if self.equal_cost:
             flags += length_flags(round(self.epochs * costs.full_multiply_adds / costs.multiply_adds), fitted=True)
         return [*flags, "--save_path", str(self.folder), "--resume", "auto"]
 
@@ -185,8 +187,7 @@ def make_plan(
         epochs = args.epochs or RECIPES["baseline" if kind.small else kind.recipe]["epochs"]
         if args.epochs and not kind.equal_cost:
             own += length_flags(epochs, fitted=fitted)
-        equal_cost_of = needs[0] if kind.equal_cost else None
-        row = Row(path, method, arch, HTrate, seed, tuple(own), tuple(needs), epochs, equal_cost_of)
+        row = Row(path, method, arch, HTrate, seed, tuple(own), tuple(needs), epochs, kind.equal_cost)
         row.settings()
         rows[path] = row
         return path
@@ -212,8 +213,8 @@ def state(row: Row) -> tuple[str, str]:
         return "begun", "results.json is damaged"
     planned = vars(row.settings())
     names = [name for name in (*SAME_RUN, "student") if name in saved and name in planned]
-    names += [] if row.equal_cost_of else ["epochs"]
-    skipped = {"data_path", "teacher", *(("schedule", "gammas") if row.equal_cost_of else ())}
+    names += [] if row.equal_cost else ["epochs"]
+    skipped = {"data_path", "teacher", *(("schedule", "gammas") if row.equal_cost else ())}
     changed = [name for name in names if name not in skipped and saved.get(name) != planned[name]]
     changed += [n for n in ("data_path", "teacher") if _place(saved.get(n)) != _place(planned.get(n))]
     if changed:
