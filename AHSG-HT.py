@@ -57,6 +57,10 @@ class AHSG_HT(Optimizer):
         norm: 2 or 1, the norm that ranks filters.
         unit: "filter" thresholds the filters of 4-D weights (C_out, C_in, kh, kw); "element" thresholds the single entries of
             every tensor of the group (the paper's own setting: sparse vectors).
+        regrow: True, a removed filter takes part in the next step and comes back where that step makes it one of the largest (the paper, the
+            release). False: a filter that is zero stays zero. Before a BatchNorm the gradient of a zero filter is 1/sqrt(eps), some
+            300 times, as large as that of a filter whose output has variance 1, so that at a large learning rate zero filters displace
+            trained ones.
 
     Every option is a parameter-group option: groups may differ in each of them, and a schedule may change them between
     steps. A parameter whose gradient is None is neither updated nor thresholded, as with any torch optimizer.
@@ -85,6 +89,7 @@ class AHSG_HT(Optimizer):
         heavy_ball: str = "paper",
         norm: int = 2,
         unit: str = "filter",
+        regrow: bool = True,
     ):
         defaults = dict(
             lr=lr,
@@ -97,6 +102,7 @@ class AHSG_HT(Optimizer):
             heavy_ball=heavy_ball,
             norm=norm,
             unit=unit,
+            regrow=regrow,
         )
         _check_options(defaults)
         super().__init__(params, defaults)
@@ -173,12 +179,15 @@ class AHSG_HT(Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
+            weights, alive = ([], []) if group["regrow"] else _alive_units(group)
             for block in _update_blocks(params):
                 directions, are_scratch = self._sgd_directions(block, group)
                 if group["heavy_ball"] == "paper":
                     self._paper_update(block, directions, are_scratch, group)
                 else:
                     self._released_update(block, directions, group)
+            if weights:
+                torch._foreach_mul_(weights, alive)
             if final or group["heavy_ball"] == "released":
                 hard_threshold(
                     group["params"], group["HTrate"], norm=group["norm"], unit=group["unit"], only_with_grad=True
@@ -270,6 +279,15 @@ def _update_blocks(params: list[Tensor]) -> list[list[Tensor]]:
         blocks[-1].append(p)
         room -= p.numel()
     return blocks
+
+
+def _alive_units(group: dict) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights of a group that are thresholded, and for each a factor that broadcasts over it: 0 where a unit is zero, 1 elsewhere."""
+    jobs = _threshold_jobs(group["params"], group["HTrate"], group["unit"], only_with_grad=True)
+    weights = [weight for same in jobs.values() for weight, _, _ in same]
+    if group["unit"] == "element":
+        return weights, [(w != 0).to(w.dtype) for w in weights]
+    return weights, [(w != 0).amax(dim=(1, 2, 3), keepdim=True).to(w.dtype) for w in weights]
 
 
 def kept_count(total: int, HTrate: float) -> int:
@@ -432,3 +450,5 @@ def _check_options(group: dict) -> None:
     for name, allowed in (("heavy_ball", HEAVY_BALLS), ("norm", NORMS), ("unit", UNITS)):
         if group[name] not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {group[name]!r}")
+    if not isinstance(group["regrow"], bool):
+        raise ValueError(f"regrow must be True or False, got {group['regrow']!r}")

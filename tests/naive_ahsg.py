@@ -102,6 +102,7 @@ class NaiveAHSG:
         heavy_ball="paper",
         norm=2,
         unit="filter",
+        regrow=True,
     ):
         self.x = [p.detach().double().clone() for p in params]
         self.buffers = [None for _ in params]
@@ -109,7 +110,7 @@ class NaiveAHSG:
         self.kept = {}
         self.lr, self.momentum, self.dampening, self.nesterov = lr, momentum, dampening, nesterov
         self.weight_decay, self.v, self.HTrate, self.heavy_ball = weight_decay, v, HTrate, heavy_ball
-        self.norm, self.unit = norm, unit
+        self.norm, self.unit, self.regrow = norm, unit, regrow
 
     def update_HSG(self, zero1: int) -> None:
         for i, x in enumerate(self.x):
@@ -131,11 +132,22 @@ class NaiveAHSG:
             self.buffers[i] = self.momentum * self.buffers[i] + (1 - self.dampening) * d
         return d + self.momentum * self.buffers[i] if self.nesterov else self.buffers[i]
 
+    def keep_zeros(self, before: Tensor, after: Tensor) -> None:
+        """Zeroes in `after` the units that are zero in `before`."""
+        if self.unit == "element":
+            after[before == 0] = 0
+        elif before.dim() == 4:
+            for i, filter_before in enumerate(before):
+                if not filter_before.any():
+                    after[i] = 0
+
     def step(self, gradients: list[Tensor], final: int = 1) -> None:
         for i, x in enumerate(self.x):
             heavy_ball = 0 if self.prev[i] is None else self.v * (x - self.prev[i])
             if self.heavy_ball == "paper":
                 self.prev[i] = x
             self.x[i] = x - self.lr * self.direction(i, gradients[i]) + heavy_ball
+            if not self.regrow:
+                self.keep_zeros(x, self.x[i])
         if self.heavy_ball == "released" or final == 1:
             self.kept = naive_hard_threshold(self.x, self.HTrate, self.norm, self.unit)

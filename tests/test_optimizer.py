@@ -159,6 +159,7 @@ NAIVE_OPTIONS = {
     "strong-heavy-ball": dict(v=0.6),
     "momentum+dampening": dict(momentum=0.9, dampening=0.3),
     "recipe": RECIPE,
+    "no-regrowth": RECIPE | dict(regrow=False),
 }
 # What happens at step t: (argument of update_HSG or None when it is not called, final).
 CALLS = {
@@ -203,9 +204,27 @@ def test_follows_the_naive_reference_in_float32(heavy_ball):
 
 
 @BOTH_HEAVY_BALLS
-@pytest.mark.parametrize("ranking", [dict(norm=1), dict(unit="element")], ids=["l1", "element"])
+@pytest.mark.parametrize("ranking", [dict(norm=1), dict(unit="element"), dict(unit="element", regrow=False)])
 def test_follows_the_naive_reference_in_other_rankings(ranking, heavy_ball):
     assert_follows_naive(CALLS["all-mixed"], torch.float64, 1e-12, heavy_ball=heavy_ball, **RECIPE, **ranking)
+
+
+def test_zero_filters_before_a_batch_norm_come_back_only_with_regrow():
+    """A zero filter's gradient through BatchNorm is about 1/sqrt(eps) = 316 times that of a filter of unit variance."""
+    kept = {}
+    for regrow in (True, False):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Flatten(), nn.LazyLinear(4))
+        images, labels = torch.randn(16, 3, 6, 6), torch.arange(16) % 4
+        net(images)
+        optimizer = AHSG_HT(net.parameters(), lr=0.1, HTrate=0.5, regrow=regrow)
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(images), labels).backward()
+            optimizer.step()
+            kept.setdefault(regrow, []).append(kept_filters(net[0].weight))
+    assert kept[True][0] == kept[False][0] != kept[True][1]
+    assert kept[False][0] == kept[False][1] == kept[False][2]
 
 
 def test_released_heavy_ball_is_zero_in_the_released_calling_order():
@@ -642,6 +661,7 @@ BAD_ARGUMENTS = [
     dict(heavy_ball="polyak"),
     dict(norm=3),
     dict(unit="channel"),
+    dict(regrow=1),
     dict(nesterov=True, momentum=0.0),
     dict(nesterov=True, momentum=0.9, dampening=0.25),
 ]

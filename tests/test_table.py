@@ -124,6 +124,7 @@ def test_controls_differ_in_what_they_control_only(plan):
     for method, difference in (
         ("prune_per_epoch", {"threshold_every": "epoch"}),
         ("prune_released", {"heavy_ball": "released"}),
+        ("prune_no_regrow", {"no_regrow": True}),
         ("prune_fixed_batch", {"k": None}),
     ):
         other = vars(rows[method].settings())

@@ -269,7 +269,15 @@ def build_optimizer(net: nn.Module, adapters: nn.Module | None, args: argparse.N
         groups.append({"params": list(adapters.parameters()), **({} if plain else {"HTrate": 1})})
     if plain:
         return torch.optim.SGD(groups, **common)
-    return AHSG_HT(groups, v=args.v, HTrate=args.HTrate, heavy_ball=args.heavy_ball, norm=args.norm, **common)
+    return AHSG_HT(
+        groups,
+        v=args.v,
+        HTrate=args.HTrate,
+        heavy_ball=args.heavy_ball,
+        norm=args.norm,
+        regrow=not args.no_regrow,
+        **common,
+    )
 
 
 def build_train_loader(images: data.Data, args: argparse.Namespace) -> data.DataLoader:

@@ -133,6 +133,9 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--norm", type=int, choices=(2, 1), default=2, help="norm that ranks filters (2)")
     group.add_argument(
+        "--no_regrow", action="store_true", help="a removed filter stays removed (as in the paper, it may come back)"
+    )
+    group.add_argument(
         "--threshold_every", choices=("step", "epoch"), default="step", help="when filters are thresholded (step)"
     )
     group.add_argument(

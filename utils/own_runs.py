@@ -30,6 +30,7 @@ DISTILLATION = {"loss", "kd_on", "kd_weight", "kd_T", "share_classifier"}
 PHRASES = {
     ("threshold_every", "epoch"): "threshold per epoch",
     ("heavy_ball", "released"): "heavy ball released",
+    ("no_regrow", True): "no regrowth",
     ("k", None): "fixed mini-batch",
     ("no_restart", True): "growth goes on over epochs",
     ("v", 0): "no heavy ball",
@@ -178,7 +179,7 @@ def recipe_key(results: dict) -> tuple:
     """Everything that makes a recipe, so that runs of equal keys, method and rate differ by their seed only."""
     known = {**defaults(results["recipe"]), **results["settings"]}
     idle = set() if known.get("teacher") else set(DISTILLATION)
-    idle |= {"threshold_every", "norm"} if results["HTrate"] == 1 else set()
+    idle |= {"threshold_every", "norm", "no_regrow"} if results["HTrate"] == 1 else set()
     idle |= {"heavy_ball"} if not known["v"] else set()
     idle |= {"growth", "max_batch_size"} if known["k"] is None or known["k"] >= 1 else set()
     idle |= {"no_restart"} if known["k"] is None else set()

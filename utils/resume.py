@@ -27,7 +27,19 @@ from utils.run_lock import check_free
 # Settings that two runs share when they are the same run.
 SAME_RUN = (
     *("recipe", "dataset", "data_path", "batch_size", "k", "growth", "max_batch_size", "no_restart", "learning_rate"),
-    *("momentum", "decay", "schedule", "gammas", "HTrate", "v", "heavy_ball", "norm", "threshold_every", "manualSeed"),
+    *(
+        "momentum",
+        "decay",
+        "schedule",
+        "gammas",
+        "HTrate",
+        "v",
+        "heavy_ball",
+        "norm",
+        "threshold_every",
+        "no_regrow",
+        "manualSeed",
+    ),
     *("teacher", "loss", "kd_on", "kd_weight", "kd_T", "share_classifier", "widths_of"),
     *("max_images_per_step", "sync_bn"),
 )

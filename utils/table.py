@@ -37,7 +37,7 @@ from utils.table_plan import METHODS, Row, make_plan, state
 # Flags of the training script that the table sets for every row.
 SET_HERE = (
     *("arch", "arch_small", "recipe", "HTrate", "prune_rate", "manualSeed", "resume", "evaluate", "widths_of"),
-    *("threshold_every", "heavy_ball", "head_width"),
+    *("threshold_every", "heavy_ball", "no_regrow", "head_width"),
 )
 OWN = {
     **{"nets": "+", "rates": "+", "methods": "+", "seeds": "+", "jobs": 1, "dry_run": 0, "teacher_net": 1},

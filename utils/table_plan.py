@@ -46,6 +46,7 @@ METHODS = {
     "scratch_cost": Method("baseline", small=True, equal_cost=True),
     "prune_per_epoch": Method("prune", ("--threshold_every", "epoch")),
     "prune_released": Method("prune", ("--heavy_ball", "released")),
+    "prune_no_regrow": Method("prune", ("--no_regrow",)),
     "prune_fixed_batch": Method("prune", ("--k", "none")),
 }
 # Who teaches whom where --teacher_net does not say: the released recipes' pairs and their neighbours.
