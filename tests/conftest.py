@@ -4,44 +4,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from tiny import NETWORKS, make_teacher, make_tree
 
 import cifar10_resnet_test as script
 import models.registry
-from data.augment import normalise
-from data.sources import DATASETS
-from data.synthetic import make_images
-from models.resnet_cifar import CifarResNet
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory) -> Path:
-    """An image tree of 10 classes, 60 training and 20 test images of 32x32."""
-    root = tmp_path_factory.mktemp("tree")
-    for split, count, seed in (("train", 60, 1), ("test", 20, 2)):
-        images, labels = make_images(count, seed)
-        for i in range(count):
-            folder = root / split / f"class{labels[i]}"
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(folder / f"{i:03d}.png")
-    return root
+    """See tiny.make_tree."""
+    return make_tree(tmp_path_factory.mktemp("tree"))
 
 
 @pytest.fixture(autouse=True)
 def small_network(monkeypatch):
     """Registers resnet8, one block per stage, for runs that take a second, and the same with dropout."""
 
-    def with_dropout(num_classes=10):
-        net = CifarResNet(8, num_classes)
-        net.stage_1.append(torch.nn.Dropout(0.2))
-        return net
-
-    monkeypatch.setitem(
-        models.registry.REGISTRY, "resnet8", lambda num_classes=10, **options: CifarResNet(8, num_classes, **options)
-    )
-    monkeypatch.setitem(models.registry.REGISTRY, "resnet8_dropout", with_dropout)
+    for name, make in NETWORKS.items():
+        monkeypatch.setitem(models.registry.REGISTRY, name, make)
 
 
 @pytest.fixture
@@ -61,18 +43,4 @@ def train(tree, tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory) -> Path:
     """A checkpoint of a resnet8 that has learnt the tiny tree's test images by heart, well above chance."""
-    folder = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(0)
-    net = CifarResNet(8, 10).train()
-    images, labels = make_images(20, seed=2)
-    mean, std = (torch.tensor(v) / 255 for v in (DATASETS["cifar10"].mean, DATASETS["cifar10"].std))
-    batch = normalise(images, mean, std)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-    for _ in range(40):
-        loss = torch.nn.functional.cross_entropy(net(batch), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    path = folder / "best.resnet8.pth.tar"
-    torch.save({"epoch": 40, "arch": "resnet8", "state_dict": net.state_dict(), "best_prec1": 100.0}, path)
-    return path
+    return make_teacher(tmp_path_factory.mktemp("teacher") / "best.resnet8.pth.tar")

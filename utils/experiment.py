@@ -128,7 +128,8 @@ class Experiment:
             return SilentFolder(self.start.folder)
         start = self.start
         resumed = (start.file, start.stamp) if start.folder_is_its_own else None
-        return RunFolder(start.folder, self.args.manualSeed, new=resumed is None, resumed=resumed)
+        is_new = resumed is None and not start.begins_again
+        return RunFolder(start.folder, self.args.manualSeed, new=is_new, resumed=resumed)
 
     def evaluate(self, test_loader) -> None:
         """Tests the network of --resume and prints the release's line."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from utils import checkpoint as checkpoints
 from utils.errors import UserError
 from utils.options import is_setting
-from utils.run_folder import RUNS, check_writable, file_stamp, new_run_path
+from utils.run_folder import RUNS, check_writable, file_stamp, holds_a_run, new_run_path
 from utils.run_lock import check_free
 
 # Settings that two runs share when they are the same run.
@@ -59,6 +59,7 @@ class Start:
         checkpoint: its content, None for a new network.
         continues: epochs, metrics and random states go on; otherwise only weights and momentum are taken.
         folder_is_its_own: the folder is that of the checkpoint.
+        begins_again: the folder holds no more than the log of a run that ended before its first checkpoint.
         file: the checkpoint's.
         stamp: of that file just before it was read; see file_stamp.
         notes: lines for the log.
@@ -68,6 +69,7 @@ class Start:
     checkpoint: dict | None = None
     continues: bool = False
     folder_is_its_own: bool = False
+    begins_again: bool = False
     file: Path | None = None
     stamp: tuple | None = None
     notes: list[str] = field(default_factory=list)
@@ -113,7 +115,9 @@ def find_start(args: argparse.Namespace, given: set[str], checkpoint: dict | Non
         UserError: the checkpoint is of another network, or the folder holds another run or cannot be written to.
     """
     damaged: list[str] = []
+    again = None
     if args.resume == "auto":
+        again = _abandoned(args, name)
         found, checkpoint = _find_run(args, arch, name, damaged)
         if found is None and (args.evaluate or args.recipe == "finetune"):
             raise UserError(f"--resume auto finds no such run in '{args.save_path or RUNS}'; name the checkpoint")
@@ -121,6 +125,9 @@ def find_start(args: argparse.Namespace, given: set[str], checkpoint: dict | Non
             print(line, flush=True)
         args.resume = str(found) if found else None
     stamp = file_stamp(Path(args.resume)) if args.resume else None
+    if checkpoint is None and again is not None:
+        check_writable(again)
+        return Start(again, begins_again=True, notes=damaged)
     if checkpoint is None:
         return Start(new_run_path(args.save_path, name), notes=damaged)
     saved_arch = checkpoint.get("arch", arch)
@@ -151,7 +158,9 @@ def find_start(args: argparse.Namespace, given: set[str], checkpoint: dict | Non
     latest = own / f"checkpoint.{arch}.pth.tar"
     if not _same_file(latest, args.resume) and _progress(latest) > checkpoints.progress(checkpoint):
         raise UserError(f"'{latest}' is further on than '{args.resume}'; resume it, or choose another --save_path")
-    return Start(own, checkpoint, True, True, Path(args.resume), stamp, notes)
+    return Start(
+        own, checkpoint, continues=True, folder_is_its_own=True, file=Path(args.resume), stamp=stamp, notes=notes
+    )
 
 
 def _check_position(args: argparse.Namespace, checkpoint: dict) -> None:
@@ -203,6 +212,20 @@ def _find_run(args: argparse.Namespace, arch: str, name: str, damaged: list[str]
         return None, None
     _, file, checkpoint = max(matching, key=lambda entry: entry[:2])
     return file, checkpoint
+
+
+def _abandoned(args: argparse.Namespace, name: str) -> Path | None:
+    """The folder of a run that was killed before its first checkpoint, None where there is none."""
+    folder = Path(args.save_path) if args.save_path else RUNS / name
+    if not holds_a_run(folder) or any(n.endswith(".pth.tar") or n == "results.json" for n in os.listdir(folder)):
+        return None
+    try:
+        check_free(folder)
+    except UserError:
+        if args.save_path:
+            raise
+        return None
+    return folder
 
 
 def _furthest(folder: Path, arch: str, damaged: list[str]) -> tuple[Path | None, dict | None]:

@@ -46,6 +46,9 @@ class RunFolder:
             with open(self.log_path, "x" if new else "a"):
                 pass
             end_last_line(self.log_path)
+            for left_over in path.glob(".*.tmp"):
+                # Of a process that was killed while it wrote.
+                left_over.unlink()
         except FileExistsError:
             self.close()
             raise UserError(

@@ -1,0 +1,53 @@
+"""Tiny data and networks that several test files share."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from data.augment import normalise
+from data.sources import DATASETS
+from data.synthetic import make_images
+from models.resnet_cifar import CifarResNet
+
+
+def make_tree(root: Path) -> Path:
+    """An image tree of 10 classes, 60 training and 20 test images of 32x32."""
+    for split, count, seed in (("train", 60, 1), ("test", 20, 2)):
+        images, labels = make_images(count, seed)
+        for i in range(count):
+            folder = root / split / f"class{labels[i]}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(folder / f"{i:03d}.png")
+    return root
+
+
+def resnet8(num_classes=10, **options):
+    """One block per stage."""
+    return CifarResNet(8, num_classes, **options)
+
+
+def resnet8_dropout(num_classes=10):
+    net = CifarResNet(8, num_classes)
+    net.stage_1.append(torch.nn.Dropout(0.2))
+    return net
+
+
+NETWORKS = {"resnet8": resnet8, "resnet8_dropout": resnet8_dropout}
+
+
+def make_teacher(path: Path) -> Path:
+    """A checkpoint of a resnet8 that has learnt the tiny tree's test images by heart, well above chance."""
+    torch.manual_seed(0)
+    net = CifarResNet(8, 10).train()
+    images, labels = make_images(20, seed=2)
+    mean, std = (torch.tensor(v) / 255 for v in (DATASETS["cifar10"].mean, DATASETS["cifar10"].std))
+    batch = normalise(images, mean, std)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(40):
+        loss = torch.nn.functional.cross_entropy(net(batch), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.save({"epoch": 40, "arch": "resnet8", "state_dict": net.state_dict(), "best_prec1": 100.0}, path)
+    return path
