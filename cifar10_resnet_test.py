@@ -14,6 +14,12 @@ Everything a run leaves behind is in its --save_path: log, metrics.csv, curves.p
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Ctrl-C in the seconds that torch takes to be imported ends the process quietly; run_main takes over from there.
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import sys
 from pathlib import Path

@@ -30,6 +30,7 @@ POINTS = {
     "written, not on the disk": ("os", "fsync"),
     "kept twice": ("os", "link"),
     "before the renaming": ("os", "replace"),
+    "test batch": ("utils.training", "Training._stop_while_testing"),
     "small network": ("utils.training", "make_small"),
     "log line": ("utils.run_folder", "append_line"),
 }
@@ -91,11 +92,21 @@ class Lab:
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
-    def start(self, folder: Path, argv: list[str], *, ranks: int = 1, point: str | None = None, count: int = 0) -> Run:
-        """Starts the CIFAR script in `folder`; with a `point` it kills itself there, at the count-th time."""
+    def start(
+        self,
+        folder: Path,
+        argv: list[str],
+        *,
+        ranks: int = 1,
+        point: str | None = None,
+        count: int = 0,
+        signum: int = signal.SIGKILL,
+    ) -> Run:
+        """Starts the CIFAR script in `folder`; with a `point` it sends itself the signal there, at the count-th time."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "doing").unlink(missing_ok=True)
         request = {"folder": str(folder), "argv": [str(a) for a in argv], "point": point, "count": count}
+        request["signum"] = int(signum)
         if ranks == 1:
             return Run(self, [self.ask(request)], folder)
         with socket.socket() as free:
@@ -210,6 +221,7 @@ def serve() -> None:
             if answer == 0:
                 _child(request)
         os.write(out, (json.dumps(answer) + "\n").encode())
+    os._exit(0)
 
 
 def _child(request: dict) -> None:
@@ -226,7 +238,8 @@ def _child(request: dict) -> None:
         os.dup2(os.open(f"{stream}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.argv = ["cifar10_resnet_test.py", *request["argv"]]
     if rank == "0":
-        _watch(request["point"], request["count"])
+        _watch(request["point"], request["count"], request["signum"])
+        _measure()
     status = 0
     try:
         run_main(script.main)
@@ -246,8 +259,30 @@ def _child(request: dict) -> None:
     os._exit(status)
 
 
-def _watch(point: str | None, count: int) -> None:
-    """Keeps the file `doing` up to date, and ends the process at a point."""
+def _measure() -> None:
+    """Writes this process's resident memory (bytes), open files and threads to `measured`, a line per complete epoch."""
+    from utils.training import Training
+
+    real = Training._save
+
+    def save(training, *, is_best):
+        real(training, is_best=is_best)
+        if training.position == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            numbers = (
+                pages * os.sysconf("SC_PAGE_SIZE"),
+                len(os.listdir("/proc/self/fd")),
+                len(os.listdir("/proc/self/task")),
+            )
+            with open("measured", "a") as file:
+                file.write(" ".join(map(str, numbers)) + "\n")
+
+    if os.path.isdir("/proc/self/task"):
+        Training._save = save
+
+
+def _watch(point: str | None, count: int, signum: int) -> None:
+    """Keeps the file `doing` up to date, and sends the process a signal at a point."""
     import importlib
 
     doing = os.open("doing", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -264,7 +299,7 @@ def _watch(point: str | None, count: int) -> None:
             if name == point:
                 seen += 1
                 if seen == count:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    os.kill(os.getpid(), signum)
             return real(*args, **kwargs)
 
         setattr(owner, attribute, watched)

@@ -211,8 +211,8 @@ def is_setting(name: str, value) -> bool:
     add_training_options(parser)
     action = next((action for action in parser._actions if action.dest == name), None)
     if action is None:
-        # An option of one script alone (data path, data set): a name.
-        return isinstance(value, str)
+        # An option of one script alone (data path, data set): the script looks at it.
+        return value is None or type(value) in (str, int, bool)
     if action.nargs == 0:
         return isinstance(value, bool)
     if value is None:
