@@ -153,7 +153,7 @@ def test_method_and_recipe_follow_from_settings_not_from_folder_names(put, tmp_p
         ("AHSG-HT", "200 epochs"),
         ("small from scratch", "200 epochs"),
         ("KD", "200 epochs, teacher resnet56 of 93.20 %"),
-        ("AHSG-HT, fine-tuned", "200 epochs"),
+        ("AHSG-HT, fine-tuned", "200 epochs, pretrained"),
     }
 
 
@@ -165,6 +165,18 @@ def test_other_recipes_and_teachers_are_other_groups_other_folders_and_workers_a
         teacher = {"arch": "resnet56", "accuracy": 93.2, "sha256": sha}
         put(f"t{seed}", "prune_distill", seed=seed, teacher=f"{seed}.tar", changes={"teacher": teacher})
     assert sorted(row.seeds for row in own_rows(tmp_path)) == ["1 2", "1 2", "3", "3"]
+
+
+def test_what_began_with_trained_weights_is_never_taken_for_scratch(put, tmp_path):
+    put("base", "baseline", last=93.5)
+    put("pruned", "prune", last=91.0)
+    put("started", "prune", last=92.0, started_from="runs/base/best.resnet20.pth.tar")
+    rows = {row.init: row for row in own_rows(tmp_path) if row.method == "AHSG-HT"}
+    assert (rows["scratch"].accuracy, rows["pretrained"].accuracy) == (91.0, 92.0)
+    assert rows["pretrained"].change == -1.5
+    assert not [line for line in order(groups_of(tmp_path)[0], []) if "92.00" in line]
+    text = report([tmp_path], "text")[0]
+    assert "91.00 (one seed): -0.71 to AHSG-HT+KD" in text and "92.00 (one seed): " not in text
 
 
 def test_a_seed_counts_once(put, tmp_path):

@@ -53,6 +53,10 @@ def test_another_recipe_starts_a_new_run_from_the_weights(train, tree):
     pruned = bare(tree, "--epochs", 1, "--recipe", "prune", "--batch_size", 16, "--k", 24, "--resume", dense / NAME)
     assert pruned != dense and (dense / NAME).read_bytes() == before
     assert torch.load(pruned / NAME, weights_only=True)["epoch"] == 1
+    assert settings(dense)["started_from"] is None and settings(pruned)["started_from"] == str(dense / NAME)
+    # Where it came from is not forgotten when it goes on.
+    bare(tree, "--epochs", 2, "--resume", pruned / NAME)
+    assert settings(pruned)["started_from"] == str(dense / NAME)
 
 
 def test_a_finetune_run_is_resumed_like_any_other(train, tree):

@@ -195,6 +195,10 @@ def test_comparison_names_the_published_rows():
         (dict(synthetic_data=True), "none, the data is SYNTHETIC"),
         (dict(settings={"widths_of": "small.resnet20.pth.tar"}), "none, they have no small network"),
         (dict(prune_rate=0.35), "none, no published row for resnet20 on cifar10 with 35 %"),
+        (
+            dict(recipe="finetune", settings={}),
+            "none, no published row for resnet20 on cifar10 with 30 % of the filters removed, pretrained",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_not(changes, expected):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -19,13 +20,25 @@ from utils.published import Published
 LABEL_GAP = 0.055
 
 
+@dataclass(frozen=True)
+class Point:
+    """A mark with its label: millions of multiply-adds by formula (or count, where there is none) and by count, accuracy and its error in %."""
+
+    macs: float
+    counted: float | None
+    accuracy: float
+    error: float
+    label: str
+    own: bool
+
+
 def draw_accuracy(groups: list[Group], published: list[Published], path: Path) -> None:
     """Writes a PNG with a panel per network of full recipes beside the published rows, and one per network of runs that must not be compared.
 
     Multiply-adds of pruned networks are those of the papers' formula where there is one, so that published and own stand on one scale;
     a small mark shows the count of the network that is really left.
     """
-    panels: list[tuple[str, list[tuple], bool]] = []
+    panels: list[tuple[str, list[Point], bool]] = []
     for kind in sorted({(group.first["dataset"], group.first["arch"]) for group in groups}):
         own = [group for group in groups if (group.first["dataset"], group.first["arch"]) == kind]
         full = next((g.costs.full_multiply_adds for g in own if g.costs.full_multiply_adds), None)
@@ -56,15 +69,14 @@ def draw_accuracy(groups: list[Group], published: list[Published], path: Path) -
     replace_file(path, picture.getvalue())
 
 
-def _published_point(row: Published, full: int) -> tuple:
-    """(millions of multiply-adds, None, accuracy, error, label, own)."""
+def _published_point(row: Published, full: int) -> Point:
     rate = f" {row.pruned:g} %" if row.pruned else ""
     start = ", pretrained" if row.init == "pretrained" else ""
     label = f"{row.method}{rate}{start}, {row.acc:.2f} ({row.source}{', in doubt' if row.doubt else ''})"
-    return full * (1 - row.macs_cut / 100) / 1e6, None, row.acc, row.acc_std or 0, label, False
+    return Point(full * (1 - row.macs_cut / 100) / 1e6, None, row.acc, row.acc_std or 0, label, own=False)
 
 
-def _own_point(group: Group) -> tuple | None:
+def _own_point(group: Group) -> Point | None:
     costs, summary = group.costs, group.summary
     if costs.multiply_adds is None:
         return None
@@ -74,15 +86,15 @@ def _own_point(group: Group) -> tuple | None:
     label = (
         f"own {group.method}{rate}, {summary.mean:.2f} ({group.recipe}; {summary.n} seed{'s' if summary.n > 1 else ''})"
     )
-    return by_formula or counted, counted, summary.mean, summary.half_width or 0, label, True
+    return Point(by_formula or counted, counted, summary.mean, summary.half_width or 0, label, own=True)
 
 
-def _draw(panel, title: str, points: list[tuple], short: bool) -> None:
-    values = [p[2] + sign * p[3] for p in points for sign in (-1, 1)]
+def _draw(panel, title: str, points: list[Point], short: bool) -> None:
+    values = [p.accuracy + sign * p.error for p in points for sign in (-1, 1)]
     spread = max(max(values) - min(values), 1)
     low, high = min(values) - 0.12 * spread, max(values) + 0.12 * spread
-    right = max(p[0] for p in points)
-    left = min(min(p[0], p[1] or p[0]) for p in points)
+    right = max(p.macs for p in points)
+    left = min(min(p.macs, p.counted or p.macs) for p in points)
     width = max(right - left, 0.1 * right)
     # The right half of the panel is for the labels.
     panel.set(xlim=(left - 0.08 * width, right + 1.7 * width), ylim=(low, high), title=title)
@@ -92,21 +104,20 @@ def _draw(panel, title: str, points: list[tuple], short: bool) -> None:
     )
     panel.grid(alpha=0.25)
     panel.set_xticks([tick for tick in panel.get_xticks() if left - 0.08 * width <= tick <= right + 0.06 * width])
-    ordered = sorted(points, key=lambda p: p[2])
+    ordered = sorted(points, key=lambda p: p.accuracy)
     heights = spread_out(
-        [(p[2] - low) / (high - low) for p in ordered], LABEL_GAP if len(points) <= 16 else 0.9 / len(points)
+        [(p.accuracy - low) / (high - low) for p in ordered], LABEL_GAP if len(points) <= 16 else 0.9 / len(points)
     )
-    for (x, counted, y, error, label, own), height in zip(ordered, heights, strict=True):
-        color = "tab:orange" if own and short else "tab:red" if own else "tab:blue"
-        panel.errorbar(
-            x, y, yerr=error or None, fmt="o" if own else "s", color=color, markersize=7 if own else 5, capsize=3
-        )
-        if counted is not None and counted != x:
-            panel.plot([counted, x], [y, y], ":", color=color, linewidth=1)
-            panel.plot(counted, y, "o", color=color, markersize=4, markerfacecolor="white")
+    for p, height in zip(ordered, heights, strict=True):
+        color = "tab:orange" if p.own and short else "tab:red" if p.own else "tab:blue"
+        mark = dict(fmt="o", markersize=7) if p.own else dict(fmt="s", markersize=5)
+        panel.errorbar(p.macs, p.accuracy, yerr=p.error or None, color=color, capsize=3, **mark)
+        if p.counted is not None and p.counted != p.macs:
+            panel.plot([p.counted, p.macs], [p.accuracy, p.accuracy], ":", color=color, linewidth=1)
+            panel.plot(p.counted, p.accuracy, "o", color=color, markersize=4, markerfacecolor="white")
         panel.annotate(
-            label,
-            xy=(x, y),
+            p.label,
+            xy=(p.macs, p.accuracy),
             xytext=(right + 0.12 * width, low + height * (high - low)),
             fontsize=8,
             va="center",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from utils.method_order import with_spread
-from utils.own_runs import Group
+from utils.own_runs import Group, init
 from utils.published import Published, published_baseline, published_rows
 
 
@@ -74,7 +74,7 @@ def own_row(group: Group, groups: list[Group], published: list[Published]) -> Ro
     return Row(
         **dict(kind="own", dataset=first["dataset"], arch=first["arch"], method=group.method),
         pruned=None if scratch else 100 * first["prune_rate"],
-        init="pretrained" if first["recipe"] == "finetune" else "scratch",
+        init=init(first),
         recipe=group.recipe,
         seeds=" ".join(str(run.results["seed"]) for run in group.runs),
         **dict(accuracy=summary.mean, std=summary.std, interval_low=low, interval_high=high),
@@ -100,7 +100,10 @@ def own_baseline(group: Group, groups: list[Group]) -> tuple[Group | None, str]:
 
     Two full recipes that differ in length (prune_distill has 250 epochs, the baseline 200) are compared too, with a note that says so.
     """
-    baselines = [other for other in groups if other.method == "baseline" and other.kind == group.kind]
+    # A network that began with trained weights is measured against those that did not, too.
+    baselines = [
+        other for other in groups if other.method == "baseline" and other.kind == (*group.kind[:-1], "scratch")
+    ]
     for other in baselines:
         if other.length == group.length:
             return other, ""
@@ -134,8 +137,7 @@ def against_published(groups: list[Group]) -> list[str]:
     lines = []
     for group in groups:
         first = group.first
-        init = "pretrained" if first["recipe"] == "finetune" else "scratch"
-        rows = published_rows(first["dataset"], first["arch"], first["prune_rate"], init)
+        rows = published_rows(first["dataset"], first["arch"], first["prune_rate"], init(first))
         if group.marks or first["settings"].get("widths_of") or not rows:
             continue
         own = f"{first['arch']} {group.method} {100 * first['prune_rate']:g} %, {with_spread(group)}"

@@ -23,7 +23,7 @@ from utils.errors import UserError, run_main
 from utils.files import replace_file
 from utils.method_order import order
 from utils.options import OneLineParser
-from utils.own_runs import ROOT, find_runs, group_runs, not_comparable, odd_data, show_path
+from utils.own_runs import ROOT, find_runs, group_runs, init, not_comparable, odd_data, show_path
 from utils.published import published_rows, read_published
 from utils.run_folder import RUNS
 from utils.table_formats import FORMATS, markdown_table, with_interval
@@ -96,12 +96,11 @@ def comparison_line(results: dict) -> str:
     marks = not_comparable(results)
     if odd_data(results) == "SYNTHETIC DATA":
         return "comparison with the papers: none, the data is SYNTHETIC"
-    if results["recipe"] == "finetune":
-        return "comparison with the papers: none, the published rows compared here are trained from scratch and this run is not"
     if results.get("settings", {}).get("widths_of"):
         return "comparison with the papers: none, they have no small network trained from scratch"
-    rows = published_rows(results["dataset"], results["arch"], results["prune_rate"])
-    what = f"{results['arch']} on {results['dataset']} with {100 * results['prune_rate']:g} % of the filters removed"
+    start = init(results) if "settings" in results else "scratch"
+    rows = published_rows(results["dataset"], results["arch"], results["prune_rate"], start)
+    what = f"{results['arch']} on {results['dataset']} with {100 * results['prune_rate']:g} % of the filters removed, {start}"
     if not rows:
         return f"comparison with the papers: none, no published row for {what}"
     published = "; ".join(

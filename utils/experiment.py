@@ -80,6 +80,7 @@ class Experiment:
         if self.args.evaluate:
             self.evaluate(test_loader)
             return None
+        self.args.started_from = self.start.origin(self.args.resume)
         plan = make_plan(self.net, self.args.HTrate)
         train_loader = build_train_loader(self.images, self.args)
         objective, facts = build_objective(self.teacher, self.net, self.images, test_loader, self.args, self.device)

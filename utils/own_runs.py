@@ -34,6 +34,8 @@ PHRASES = {
     ("k", None): "fixed mini-batch",
     ("no_restart", True): "growth goes on over epochs",
     ("v", 0): "no heavy ball",
+    ("amp", True): "bfloat16",
+    ("init", "pretrained"): "pretrained",
 }
 NEEDED = {
     **{"finished": bool, "recipe": str, "dataset": str, "arch": str, "seed": int, "epochs_done": int, "settings": dict},
@@ -169,6 +171,13 @@ def method(results: dict) -> str:
     return f"{name}, fine-tuned" if results["recipe"] == "finetune" else name
 
 
+def init(results: dict) -> str:
+    """scratch, or pretrained: the run began with the weights of another one."""
+    settings = results["settings"]
+    other = results["recipe"] == "finetune" or settings.get("started_from") or settings.get("use_pretrain")
+    return "pretrained" if other else "scratch"
+
+
 def setting(results: dict, name: str):
     """A setting of a run; the recipe's where results.json is older than the option."""
     settings = results["settings"]
@@ -188,7 +197,8 @@ def recipe_key(results: dict) -> tuple:
     images = results.get("train_images"), results.get("test_images")
     values = {
         **{name: known.get(name) for name in names},
-        **{"teacher": (teacher.get("arch"), teacher.get("sha256")), "images": images},
+        **{"teacher": (teacher.get("arch"), teacher.get("sha256")), "images": images, "init": init(results)},
+        "amp": bool(known.get("amp")),
         # Small networks of one rate agree in their narrowest layer; the width of the residual stream differs from seed to seed.
         "narrowest": min(layer["shape"][0] for layer in results["filters"]) if known["widths_of"] else None,
     }
@@ -197,7 +207,7 @@ def recipe_key(results: dict) -> tuple:
 
 def recipe_text(results: dict) -> str:
     """The recipe in words: its epochs, and in what it differs from the recipe of its name."""
-    usual = dict(defaults(results["recipe"]))
+    usual = {**defaults(results["recipe"]), "init": "scratch", "amp": False}
     given = dict(recipe_key(results))
     parts = [f"{given['epochs']} epoch{'s' if given['epochs'] > 1 else ''}"]
     # A shortened run may follow the schedule of its own recipe or, to be comparable with the others, the baseline's.
@@ -274,7 +284,7 @@ class Group:
         """What two groups must share before their accuracies are compared at all."""
         r = self.first
         images = r.get("train_images"), r.get("test_images")
-        return r["dataset"], r["arch"], setting(r, "head_width"), images, r["recipe"] == "finetune"
+        return r["dataset"], r["arch"], setting(r, "head_width"), images, init(r)
 
     @property
     def length(self) -> tuple:

@@ -74,6 +74,13 @@ class Start:
     stamp: tuple | None = None
     notes: list[str] = field(default_factory=list)
 
+    def origin(self, resumed: str | None) -> str | None:
+        """The file of another run that gave this one its weights, also when this run is continued later; None for new weights."""
+        if self.checkpoint is None:
+            return None
+        saved = self.checkpoint.get("settings")
+        return saved.get("started_from") if self.continues and saved else resumed
+
 
 def adopt_settings(args: argparse.Namespace, given: set[str], checkpoint: dict | None) -> None:
     """Fills options that the command line does not give from the settings of the checkpoint that is resumed."""

@@ -30,7 +30,8 @@ def cells(row: Row) -> list[str]:
     macs = number(None if row.multiply_adds is None else row.multiply_adds / 1e6, ".2f", " M")
     return [
         *(number(row.pruned, "g", " %"), f"OWN {row.method}" if row.kind == "own" else row.method),
-        *(row.recipe + (", pretrained" if row.init == "pretrained" else ""), row.seeds, with_interval(row)),
+        *(row.recipe + (", pretrained" if row.init == "pretrained" and row.kind == "published" else ""), row.seeds),
+        with_interval(row),
         *(number(row.best_epoch_accuracy, ".2f"), number(row.baseline, ".2f"), number(row.change, "+.2f")),
         *(number(row.change_published, "+.2f"), macs, number(row.cut_count, ".1f"), number(row.cut_formula, ".1f")),
         *(number(row.parameters, ","), row.speed_up, row.marks),
