@@ -343,6 +343,8 @@ def test_the_whole_comparison_writes_table_figures_and_picture(tmp_path, monkeyp
         assert min(ends, key=ends.get) == f"{end['lr_times_curvature']:g}"
         assert end["curve"]["gap"][-1] == min(ends.values()) - result["best_objective"]
     assert (out / "table.md").read_text() in capsys.readouterr().out
+    with pytest.raises(UserError, match="earlier comparison"):
+        paper_convex.main(["--problem", str(path), "--k", "2", "--save_path", str(out)])
 
 
 def test_what_departs_from_the_papers_order_is_named():

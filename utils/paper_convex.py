@@ -1,6 +1,6 @@
 """Repeats the comparison of the optimizer's paper on l0-constrained logistic and softmax regression.
 
-    python -m utils.paper_convex                                  # rcv1-, epsilon- and mnist-shaped data, k = 200 and 500
+    python -m utils.paper_convex --save_path results/paper_convex    # rcv1-, epsilon- and mnist-shaped data, k = 200 and 500
     python -m utils.paper_convex --problem rcv1 --k 200 --passes 2
     python -m utils.paper_convex --problem FILE.svm --k 50
 
@@ -210,7 +210,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--growth", type=float, default=0.01, help="k of s_t = s_0*(1+k)^t")
     parser.add_argument("--v", type=float, default=0.9, help="heavy-ball weight of AHSG-HT")
     parser.add_argument("--seed", type=int, default=0, help="of the synthetic data and of the mini-batches")
-    parser.add_argument("--save_path", type=Path, default=Path("results/paper_convex"))
+    parser.add_argument("--save_path", type=Path, default=Path("runs/paper_convex"), help="a folder without a table.md")
     args = parser.parse_args(argv)
     if args.passes < 1 or not math.isfinite(args.passes):
         raise UserError(f"--passes must be a number >= 1, got {args.passes:g}")
@@ -220,6 +220,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--growth must be between 0 and 1, got {args.growth:g}")
     if not 0 <= args.v < 1:
         raise UserError(f"--v must be in [0, 1), got {args.v:g}")
+    if (args.save_path / "table.md").exists():
+        raise UserError(f"--save_path {args.save_path}: holds the table of an earlier comparison; give another folder")
     return args
 
 
@@ -244,7 +246,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
             )
             ours.append(compare(problem, Settings(k, args.passes, args.batch_size, args.growth, args.v, args.seed)))
         with open(args.save_path / f"{problem.name}.json", "w", encoding="utf-8") as file:
-            json.dump({"command": command.strip(), "results": ours}, file, indent=1)
+            json.dump({"command": command.strip(), "results": ours}, file, separators=(",", ":"))
         draw(ours, args.save_path / f"{problem.name}.png")
         results += ours
     text = table(results, command.strip())
