@@ -160,7 +160,10 @@ def table(results: list[dict], command: str) -> str:
     for result in results:
         for passes in budgets:
             gaps = {method: m["at"][passes]["log10_gap"] for method, m in result["methods"].items()}
-            lines.append(f"- {result['problem']}, k={result['settings']['k']}, at {passes}: {against_paper(gaps)}")
+            found = " < ".join(result["order"][passes])
+            lines.append(
+                f"- {result['problem']}, k={result['settings']['k']}, {passes} pass{'' if passes == '1' else 'es'}: {found}; {against_paper(gaps)}"
+            )
     return "\n".join(lines) + "\n"
 
 
