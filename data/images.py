@@ -63,7 +63,7 @@ class ImageArrays(Dataset):
         return len(self.images)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """float32 (B, C, H, W) and int64 (B,)."""
+        """float32 (B, C, H, W) in channels_last layout and int64 (B,)."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         if self.images.is_cuda:
             # From pinned memory, or the copy would wait for all that the GPU has still to do.

@@ -17,7 +17,8 @@ import torch
 import data
 import models
 from AHSG_HT import AHSG_HT
-from utils.device import flush_denormals, seed_everything
+from utils.acceleration import Acceleration, accelerate
+from utils.device import flush_denormals, reuse_freed_memory, seed_everything
 from utils.distillation import Distillation
 from utils.engine import evaluate, train_epoch
 from utils.objective import cross_entropy
@@ -116,6 +117,7 @@ class Loop:
         released = setup.loop == "release"
         if not released:
             flush_denormals()
+            reuse_freed_memory()
         seed_everything(setup.seed)
         self.images = data.load(setup.dataset, setup.data_path, seed=setup.seed)
         take_share(self.images.train, setup.images, len(self.images.classes))
@@ -150,6 +152,14 @@ class Loop:
             teacher = models.build(setup.teacher, num_classes=classes).to(self.device, memory_format=layout)
             sample, _ = self.images.test.__getitems__([0, 1])
             self.objective = Distillation(teacher, self.net, sample.to(self.device))
+        if not released:
+            self.objective = accelerate(
+                self.net,
+                self.objective,
+                self.device,
+                Acceleration(amp=setup.amp, compile=setup.compile),
+                int(setup.k or setup.batch_size),
+            )
         self.optimizer = (PerFilterLoop if released else AHSG_HT)(list(self.net.parameters()), **OPTIMIZER)
         self.loader = TimedLoader(loader)
         self.epoch = 0

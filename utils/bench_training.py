@@ -183,10 +183,10 @@ def time_startup(args: argparse.Namespace, arch: str, repeats: int = 3) -> list[
                 command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
             )
             try:
-                for line in script.stdout:
-                    if "[000][000/" in line:
-                        taken.append(time.perf_counter() - begin)
-                        break
+                first = next((line for line in script.stdout if "[000][000/" in line), None)
+                if first is None:
+                    raise UserError(f"the script ended before its first step: {shlex.join(command)}")
+                taken.append(time.perf_counter() - begin)
             finally:
                 script.kill()
                 script.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import random
@@ -36,6 +37,19 @@ def flush_denormals() -> None:
     compute with many times slower: a ResNet-20 was tested 13 times slower after four epochs of pruning.
     """
     torch.set_flush_denormal(True)
+
+
+def reuse_freed_memory() -> None:
+    """Makes the C library keep freed memory for the next tensor instead of giving it back to the system.
+
+    By default glibc returns blocks of activations at every step, and the next step faults each of their pages in again: 12,000 of 4 KiB
+    per step of ResNet-20 at batch 128, a tenth to a quarter of the time. Nothing happens with other C libraries.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        mallopt(m_mmap_threshold, 1 << 30)
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def seed_everything(seed: int) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.errors import UserError
+from utils.objective import at_least_float32
 
 KD_ON = ("feature", "stages", "logits")
 
@@ -84,6 +85,7 @@ class Distillation:
                 f"--loss KL compares logits, got --kd_on {on}; use --kd_on logits, or --loss MSE, L1 or SmoothL1"
             )
         self.teacher = teacher.requires_grad_(False).eval()
+        self.ask_teacher: Callable = self.teacher
         self.on = on
         self.weight = weight
         self.distance = LOSSES[loss](temperature)
@@ -96,14 +98,18 @@ class Distillation:
         followers = [
             adapter(x) for adapter, x in zip(self.adapters, _chosen(self.on, logits, features, stages), strict=True)
         ]
-        # In float32 under autocast too: the squares of features overflow half precision.
-        distances = [self.distance(x.float(), guide.float()) for x, guide in zip(followers, guides, strict=True)]
+        # Under autocast too: the squares of features overflow half precision, and bfloat16 keeps 8 bits of them.
+        distances = [
+            self.distance(at_least_float32(x), at_least_float32(guide))
+            for x, guide in zip(followers, guides, strict=True)
+        ]
+        logits = at_least_float32(logits)
         return F.cross_entropy(logits, labels) + self.weight * sum(distances), logits
 
     @torch.no_grad()
     def guides(self, images: Tensor) -> list[Tensor]:
         """What the teacher says of the images, to be compared with the student."""
-        return _chosen(self.on, *self.teacher(images, return_features=True))
+        return _chosen(self.on, *self.ask_teacher(images, return_features=True))
 
     @torch.no_grad()
     def _make_adapters(self, student: nn.Module, images: Tensor) -> nn.ModuleList:

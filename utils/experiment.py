@@ -16,8 +16,9 @@ import data
 import models
 from AHSG_HT import AHSG_HT
 from utils import checkpoint as checkpoints
+from utils.acceleration import Acceleration, accelerate, choose_acceleration, compiled_graphs, make_deterministic
 from utils.compare_tables import comparison_line
-from utils.device import flush_denormals, seed_everything
+from utils.device import flush_denormals, reuse_freed_memory, seed_everything
 from utils.distillation import Distillation, checksum, share_classifier
 from utils.distributed import (
     Agreement,
@@ -55,6 +56,7 @@ class Experiment:
         images: the data set.
         net: the network to train, on `device`.
         teacher: a trained network, or None.
+        acceleration: how it computes, chosen when it runs.
     """
 
     script: str
@@ -65,6 +67,7 @@ class Experiment:
     net: nn.Module
     teacher: nn.Module | None
     device: torch.device
+    acceleration: Acceleration = Acceleration()  # noqa: RUF009 (immutable)
 
     def run(self) -> Path | None:
         """Trains, or with --evaluate only tests; returns the run's folder, None after --evaluate."""
@@ -85,6 +88,10 @@ class Experiment:
         train_loader = build_train_loader(self.images, self.args)
         objective, facts = build_objective(self.teacher, self.net, self.images, test_loader, self.args, self.device)
         optimizer = build_optimizer(self.net, getattr(objective, "adapters", None), self.args)
+        self.acceleration = on_all(lambda: choose_acceleration(self.args, self.device))
+        largest = max(max(train_loader.sizes(epoch)) for epoch in (0, self.args.epochs - 1))
+        largest = min(-(-largest // world_size()), self.args.max_images_per_step or largest)
+        objective = accelerate(self.net, objective, self.device, self.acceleration, largest)
         if world_size() > 1:
             objective = ParallelObjective(self.net, objective, self.device)
             # Every rank its own dropout.
@@ -116,6 +123,8 @@ class Experiment:
             training.restore(self.start.checkpoint, self.args.resume, continues=self.start.continues)
         self.log_settings(training)
         results = training.train()
+        if self.acceleration.compile:
+            training.run.log(f"compiled graphs: {compiled_graphs()}")
         if results is not None:
             training.run.log(
                 f"\nlast epoch {results['last_epoch_accuracy']:.2f} %, best epoch {results['best_epoch_accuracy']:.2f} % "
@@ -159,6 +168,9 @@ class Experiment:
         log(
             f"device: {self.device}, {torch.get_num_threads()} CPU threads; optimizer: {type(training.optimizer).__name__}"
         )
+        log(str(self.acceleration))
+        for note in self.acceleration.notes:
+            log(note)
         if world_size() > 1:
             log(
                 f"processes: {world_size()}, {local_world_size()} on this machine, {torch.distributed.get_backend()}; sizes of mini-batches are over "
@@ -193,8 +205,11 @@ def launcher() -> list[str]:
 
 
 def prepare_process(args: argparse.Namespace) -> None:
-    """What every run does before it builds anything: arithmetic of the CPU, and seeds."""
+    """What every run does before it builds anything: arithmetic and memory of the CPU, and seeds."""
     flush_denormals()
+    reuse_freed_memory()
+    if args.deterministic:
+        make_deterministic()
     seed_everything(args.manualSeed)
 
 
@@ -270,7 +285,9 @@ def build_optimizer(net: nn.Module, adapters: nn.Module | None, args: argparse.N
     if adapters is not None and list(adapters.parameters()):
         groups.append({"params": list(adapters.parameters()), **({} if plain else {"HTrate": 1})})
     if plain:
-        return torch.optim.SGD(groups, **common)
+        # On a GPU one kernel for all parameters, on a CPU lists of them: torch's default there is a loop in Python.
+        on_gpu = next(net.parameters()).is_cuda
+        return torch.optim.SGD(groups, **({"fused": True} if on_gpu else {"foreach": True}), **common)
     return AHSG_HT(
         groups,
         v=args.v,

@@ -159,6 +159,17 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         "--head_width", type=count, help="two-layer head of this width for a CIFAR ResNet (released checkpoint: 20)"
     )
 
+    group = parser.add_argument_group("speed")
+    formats = group.add_mutually_exclusive_group()
+    formats.add_argument(
+        "--amp", action="store_true", default=None, help="bfloat16 autocast (default: on GPUs whose hardware has it)"
+    )
+    formats.add_argument("--no_amp", dest="amp", action="store_false", help="float32 throughout")
+    group.add_argument("--compile", action="store_true", help="compile the network first: a minute, then faster steps")
+    group.add_argument(
+        "--deterministic", action="store_true", help="the same bits in every run on a GPU, slower (a CPU always does)"
+    )
+
     group = parser.add_argument_group("several processes (torchrun), memory")
     group.add_argument(
         "--max_images_per_step",

@@ -41,6 +41,7 @@ SAME_RUN = (
         "manualSeed",
     ),
     *("teacher", "loss", "kd_on", "kd_weight", "kd_T", "share_classifier", "widths_of"),
+    *("amp", "compile", "deterministic"),
     *("max_images_per_step", "sync_bn"),
 )
 # Those that decide which images make up a mini-batch, and so what a position in the middle of an epoch means.

@@ -1,0 +1,299 @@
+"""Number format, compilation, layout and memory: what they may change, and what they must not."""
+
+import argparse
+import copy
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from AHSG_HT import AHSG_HT
+from models.resnet_cifar import CifarResNet
+from models.vgg_cifar import CifarVGG
+from utils import acceleration
+from utils.acceleration import Acceleration, CompiledForward, accelerate, choose_acceleration, why_no_bf16
+from utils.distillation import Distillation
+from utils.errors import UserError
+from utils.objective import cross_entropy
+from utils.small_network import make_small
+
+CPU = torch.device("cpu")
+AMP = Acceleration(amp=True)
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler"
+)
+
+
+def batch(n=8, seed=0, size=16):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, 3, size, size, generator=generator).to(memory_format=torch.channels_last)
+    return images, torch.randint(0, 10, (n,), generator=generator)
+
+
+def network(seed=0, depth=8):
+    torch.manual_seed(seed)
+    return CifarResNet(depth, 10).to(memory_format=torch.channels_last).train()
+
+
+def tiny_network():
+    torch.manual_seed(0)
+    block = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+    return nn.Sequential(*block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)).train()
+
+
+def options(**given):
+    return argparse.Namespace(**({"amp": None, "compile": False, "deterministic": False} | given))
+
+
+# ---- what is chosen ---------------------------------------------------------------------------------------------------
+
+
+def test_a_cpu_computes_in_float32_unless_asked(monkeypatch):
+    monkeypatch.setattr(acceleration, "why_no_bf16", lambda device: None)
+    assert choose_acceleration(options(), CPU) == Acceleration()
+    assert choose_acceleration(options(amp=True), CPU).amp
+    assert "bfloat16" in str(AMP) and "float32" in str(Acceleration())
+
+
+def test_a_gpu_with_bfloat16_uses_it_unless_told_not_to(monkeypatch):
+    monkeypatch.setattr(acceleration, "why_no_bf16", lambda device: None)
+    gpu = torch.device("cuda")
+    assert choose_acceleration(options(), gpu).amp
+    assert not choose_acceleration(options(amp=False), gpu).amp
+
+
+@pytest.mark.parametrize("capability, fits", [((6, 1), False), ((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_only_gpus_from_compute_capability_8_have_bfloat16(monkeypatch, capability, fits):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    chosen = choose_acceleration(options(amp=True), torch.device("cuda"))
+    assert chosen.amp == fits and bool(chosen.notes) != fits
+
+
+def test_amp_without_the_hardware_is_left_out_and_said(monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    chosen = choose_acceleration(options(amp=True), CPU)
+    assert not chosen.amp and chosen.notes == ("note: --amp is left out: this CPU has neither AVX512_BF16 nor AMX",)
+    assert accelerate(network(), cross_entropy, CPU, chosen, 8) is cross_entropy
+
+
+def test_compile_without_a_compiler_is_one_line(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="--compile needs a C\\+\\+ compiler"):
+        choose_acceleration(options(compile=True), CPU)
+
+
+def test_the_run_prints_what_was_chosen(train):
+    folder = train("--epochs", "1")
+    log = (folder / "log_seed_1.txt").read_text()
+    assert "arithmetic: float32, eager, channels_last" in log
+
+
+@pytest.mark.skipif(why_no_bf16(CPU) is not None, reason="this CPU has no bfloat16 arithmetic")
+def test_a_run_with_amp_keeps_float32_weights(train):
+    folder = train("--epochs", "1", "--amp")
+    assert "arithmetic: bfloat16 autocast" in (folder / "log_seed_1.txt").read_text()
+    saved = torch.load(folder / "checkpoint.resnet8.pth.tar", weights_only=True)
+    assert {v.dtype for v in saved["state_dict"].values()} == {torch.float32, torch.int64}
+    assert {v.dtype for s in saved["optimizer"]["state"].values() for v in s.values()} == {torch.float32}
+
+
+def test_deterministic_runs_are_equal_and_say_so(train):
+    try:
+        runs = [train("--epochs", "1", "--deterministic", "--save_path", name) for name in ("a", "b")]
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "channels_last, deterministic" in (runs[0] / "log_seed_1.txt").read_text()
+    a, b = (torch.load(run / "checkpoint.resnet8.pth.tar", weights_only=True)["state_dict"] for run in runs)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- bfloat16 ---------------------------------------------------------------------------------------------------------
+
+
+def test_under_amp_convolutions_are_bfloat16_and_all_else_that_is_kept_is_float32():
+    net, (images, labels) = network(), batch()
+    seen = {}
+    net.conv_1_3x3.register_forward_hook(lambda module, inputs, output: seen.update(conv=output.dtype))
+    net.bn_1.register_forward_pre_hook(lambda module, inputs: seen.update(bn_input=inputs[0].detach()))
+    loss, logits = accelerate(net, cross_entropy, CPU, AMP, 8)(net, images, labels)
+    loss.backward()
+    assert seen["conv"] == torch.bfloat16
+    assert loss.dtype == logits.dtype == torch.float32
+    assert {p.grad.dtype for p in net.parameters()} == {torch.float32}
+    # The statistics are those that float32 arithmetic gives of the bfloat16 activations.
+    assert net.bn_1.running_mean.dtype == net.bn_1.running_var.dtype == torch.float32
+    x = seen["bn_input"].double()
+    n = x.numel() / x.shape[1]
+    torch.testing.assert_close(net.bn_1.running_mean.double(), 0.1 * x.mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
+    var = 0.9 + 0.1 * x.var((0, 2, 3), correction=0) * n / (n - 1)
+    torch.testing.assert_close(net.bn_1.running_var.double(), var, rtol=1e-4, atol=1e-6)
+
+
+def test_under_amp_the_cross_entropy_is_that_of_the_logits_in_float32():
+    net, (images, labels) = network(), batch()
+    loss, logits = accelerate(net, cross_entropy, CPU, AMP, 8)(net, images, labels)
+    assert torch.equal(loss, F.cross_entropy(logits, labels))
+    assert torch.equal(logits, logits.bfloat16().float()), "the logits were computed in bfloat16"
+
+
+@pytest.mark.parametrize("on, loss", [("feature", "MSE"), ("stages", "SmoothL1"), ("logits", "KL"), ("logits", "L1")])
+def test_under_amp_distances_are_taken_in_float32(on, loss):
+    net, (images, labels) = network(), batch()
+    distillation = Distillation(network(seed=1), net, images, on=on, loss=loss)
+    inputs, distance = [], distillation.distance
+    distillation.distance = lambda x, guide: (inputs.extend([x, guide]), distance(x, guide))[1]
+    value, _ = accelerate(net, distillation, CPU, AMP, 8)(net, images, labels)
+    assert {x.dtype for x in inputs} == {torch.float32} and value.dtype == torch.float32
+    pairs = zip(inputs[::2], inputs[1::2], strict=True)
+    logits = distillation.guides(images)  # in float32, outside autocast
+    assert all(g.dtype == torch.float32 for g in logits)
+    exact = sum(distance(x.detach(), guide) for x, guide in pairs)
+    assert value.item() > exact.item() > 0
+
+
+def test_under_amp_filters_are_ranked_by_float32_norms():
+    """Two filters whose norms differ by less than bfloat16 can tell: the larger one is kept."""
+    net, (images, labels) = network(), batch()
+    weight = net.stage_1[0].conv_a.weight
+    with torch.no_grad():
+        weight.copy_(weight[:1].expand_as(weight) * torch.linspace(1, 1.001, 16)[torch.randperm(16)].view(-1, 1, 1, 1))
+    order = weight.detach().flatten(1).norm(dim=1).argsort(descending=True)
+    optimizer = AHSG_HT(net.parameters(), lr=0.0, HTrate=0.5)
+    accelerate(net, cross_entropy, CPU, AMP, 8)(net, images, labels)[0].backward()
+    optimizer.step()
+    kept = weight.detach().flatten(1).norm(dim=1).nonzero().flatten()
+    assert set(kept.tolist()) == set(order[:8].tolist())
+
+
+def test_amp_gradients_are_those_of_float32_to_bfloat16s_precision():
+    net, (images, labels) = network(), batch(32)
+    other = copy.deepcopy(net)
+    accelerate(net, cross_entropy, CPU, AMP, 8)(net, images, labels)[0].backward()
+    cross_entropy(other, images, labels)[0].backward()
+    a, b = (torch.cat([p.grad.flatten() for p in n.parameters()]) for n in (net, other))
+    assert 0 < ((a - b).norm() / b.norm()).item() < 0.2
+
+
+# ---- compilation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs():
+    """Number of graphs that were compiled since the test began."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def traced_only(monkeypatch):
+    """Graphs are captured and guarded as ever and then run by Python: the number of compilations without their time."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net: compile(net, backend="aot_eager"))
+
+
+SIZES = [24, 26, 28, 32, 32, 25, 15, 2, 1, 24]
+
+
+def train_on(net, objective, sizes=SIZES):
+    optimizer = AHSG_HT(net.parameters(), lr=0.01, momentum=0.9, v=0.1, HTrate=0.7)
+    losses = []
+    for seed, size in enumerate(sizes):
+        loss, _ = objective(net, *batch(size, seed))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        network,
+        lambda: CifarVGG(11, batch_norm=True).train(),
+        lambda: make_small(network().eval(), batch(1, size=32)[0])[0].train(),
+    ],
+    ids=["resnet", "vgg", "small network of torch.fx"],
+)
+def test_a_growing_mini_batch_compiles_once(graphs, traced_only, make):
+    torch.manual_seed(0)
+    net = make()
+    forward = CompiledForward(net, 16)
+    for seed, size in enumerate(SIZES):
+        # Of one image VGG's last BatchNorm would see one value per channel.
+        if size > 1 or not isinstance(net, CifarVGG):
+            forward(batch(size, seed, size=32)[0]).sum().backward()
+    assert graphs() == 1
+
+
+def test_a_growing_mini_batch_compiles_once_with_a_teacher(graphs, traced_only):
+    net = network()
+    distillation = Distillation(network(seed=1), net, batch()[0])
+    objective = accelerate(net, distillation, CPU, Acceleration(compile=True), 32)
+    train_on(net, objective)
+    assert graphs() == 2, "one of the student, one of the teacher"
+
+
+@needs_compiler
+def test_compiled_steps_are_those_of_the_eager_network(graphs):
+    """Losses, weights and BatchNorm statistics over a growing schedule, with a short last mini-batch and one of a single image."""
+    net, other = tiny_network(), tiny_network()
+    compiled = train_on(net, accelerate(net, cross_entropy, CPU, Acceleration(compile=True), 32))
+    assert graphs() == 1
+    eager = train_on(other, cross_entropy)
+    assert compiled == pytest.approx(eager, rel=1e-3)
+    state, expected = net.state_dict(), other.state_dict()
+    assert list(state) == list(expected), "no prefix, no other names"
+    for name in state:
+        torch.testing.assert_close(state[name], expected[name], rtol=1e-2, atol=1e-4)
+
+
+def test_a_compiled_run_leaves_ordinary_files_and_resumes(train, traced_only, graphs):
+    folder = train("--epochs", "1", "--compile")
+    saved = torch.load(folder / "checkpoint.resnet8.pth.tar", weights_only=True)
+    assert list(saved["state_dict"]) == list(CifarResNet(8, 10).state_dict())
+    assert (folder / "small.resnet8.pth.tar").is_file()
+    assert "float32, compiled" in (folder / "log_seed_1.txt").read_text()
+    train("--resume", str(folder / "checkpoint.resnet8.pth.tar"), "--epochs", "2")
+    assert (folder / "log_seed_1.txt").read_text().count("float32, compiled") == 2
+    assert graphs() <= 2
+
+
+# ---- layout and memory ------------------------------------------------------------------------------------------------
+
+
+def test_channels_last_gradients_are_those_of_nchw():
+    net, (images, labels) = network().double(), batch()
+    images = images.double()
+    other = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
+    cross_entropy(net, images, labels)[0].backward()
+    cross_entropy(other, images.contiguous(), labels)[0].backward()
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_mini_batches_come_in_channels_last(tree):
+    import data
+
+    images = data.load("cifar10", tree)
+    for part in (images.train, images.test):
+        made, _ = part.__getitems__([3, 1, 2])
+        assert made.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_reusing_freed_memory_changes_no_figure():
+    from utils.device import reuse_freed_memory
+
+    net = nn.Linear(2000, 2000)
+    x = torch.randn(500, 2000)
+    before = net(x)
+    reuse_freed_memory()
+    assert torch.equal(net(x), before)
