@@ -225,7 +225,7 @@ def is_setting(name: str, value) -> bool:
         # An option of one script alone (data path, data set): the script looks at it.
         return value is None or type(value) in (str, int, bool)
     if action.nargs == 0:
-        return isinstance(value, bool)
+        return isinstance(value, bool) or value is action.default is None
     if value is None:
         return True
     if isinstance(value, list) != (action.nargs == "+"):
