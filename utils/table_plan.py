@@ -67,9 +67,9 @@ class Row:
     Attributes:
         folder: of the run.
         HTrate: share of the filters kept; of a small network trained from scratch that of the run it comes from.
-        flags: its command line less what only a finished run can tell (epochs of equal cost), --save_path and --resume.
+        flags: its command line less --save_path and --resume.
         needs: folders of runs that must have ended well before.
-        equal_cost: the cost of the run it needs decides the epochs, so that they and the schedule are not among the flags.
+        equal_cost: the cost of the run it needs decides the epochs and stretches the schedule, when that run has ended.
         epochs: planned; for equal cost those of the other run.
     """
 
@@ -105,7 +105,11 @@ class Row:
                 raise UserError(f"'{other}' has no small network: {why}")
             costs = run.costs
         if self.equal_cost:
-            flags += length_flags(round(self.epochs * costs.full_multiply_adds / costs.multiply_adds), fitted=True)
+            settings = self.settings()
+            epochs = round(settings.epochs * costs.full_multiply_adds / costs.multiply_adds)
+            schedule = fit_schedule(settings.schedule, epochs, settings.epochs)
+            flags += ["--epochs", str(epochs), "--schedule", *map(str, schedule)]
+            flags += ["--gammas", *(f"{gamma:g}" for gamma in settings.gammas)]
         return [*flags, "--save_path", str(self.folder), "--resume", "auto"]
 
     def settings(self) -> Namespace:
@@ -186,7 +190,7 @@ def make_plan(
             own += ["--HTrate", f"{HTrate:g}"]
         own += ["--manualSeed", str(seed)]
         epochs = args.epochs or RECIPES["baseline" if kind.small else kind.recipe]["epochs"]
-        if args.epochs and not kind.equal_cost:
+        if args.epochs:
             own += length_flags(epochs, fitted=fitted)
         row = Row(path, method, arch, HTrate, seed, tuple(own), tuple(needs), epochs, kind.equal_cost)
         row.settings()
