@@ -161,10 +161,12 @@ def test_other_recipes_and_teachers_are_other_groups_other_folders_and_workers_a
     put("a", seed=1, workers=0)
     put("b", seed=2, workers=4, save_path="elsewhere")
     put("c", seed=3, decay=1e-4)
+    put("d", seed=4, changes={"arithmetic": "bfloat16"})
+    put("e", seed=3, changes={"arithmetic": "float32"}, compile=True)
     for seed, sha in ((1, "00"), (2, "00"), (3, "11")):
         teacher = {"arch": "resnet56", "accuracy": 93.2, "sha256": sha}
         put(f"t{seed}", "prune_distill", seed=seed, teacher=f"{seed}.tar", changes={"teacher": teacher})
-    assert sorted(row.seeds for row in own_rows(tmp_path)) == ["1 2", "1 2", "3", "3"]
+    assert sorted(row.seeds for row in own_rows(tmp_path)) == ["1 2", "1 2 3", "3", "3", "4"]
 
 
 def test_what_began_with_trained_weights_is_never_taken_for_scratch(put, tmp_path):

@@ -15,7 +15,7 @@ import cifar10_resnet_test as script
 from utils import side_by_side, table, table_hours
 from utils.errors import UserError
 from utils.own_runs import find_runs
-from utils.side_by_side import SideBySide, set_aside_log
+from utils.side_by_side import SideBySide
 from utils.table_hours import Speed
 from utils.table_plan import METHODS, make_plan, state
 
@@ -273,17 +273,6 @@ def test_a_child_that_does_not_stop_is_killed(plan, fake, monkeypatch):
     with pytest.raises(RuntimeError):
         SideBySide([row], 1, 1, lambda line: None, tick, train=fake).run()
     assert seen[0].process.returncode == -signal.SIGKILL
-
-
-def test_a_log_without_a_checkpoint_does_not_stand_in_the_way(tmp_path):
-    log = tmp_path / "log_seed_1.txt"
-    log.write_text("begun")
-    (tmp_path / "checkpoint.resnet20.pth.tar").write_bytes(b"")
-    set_aside_log(tmp_path)
-    assert log.exists()
-    (tmp_path / "checkpoint.resnet20.pth.tar").unlink()
-    set_aside_log(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["interrupted.log_seed_1.txt"]
 
 
 def test_the_dry_run_prints_the_plan_with_hours_and_starts_nothing(tmp_path, monkeypatch, capsys):

@@ -116,7 +116,12 @@ class Experiment:
             device=self.device,
             plan=plan,
             data_source=self.images.source,
-            facts={"command": shlex.join([*launcher(), self.script, *self.argv]), **sizes, **facts},
+            facts={
+                "command": shlex.join([*launcher(), self.script, *self.argv]),
+                "arithmetic": "bfloat16" if self.acceleration.amp else "float32",
+                **sizes,
+                **facts,
+            },
             resume_command=lambda file: resume_command(self.script, self.argv, file, launcher()),
         )
         if self.start.checkpoint:

@@ -25,7 +25,9 @@ FULL_SIZES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "imagen
 # Settings that make two runs comparable in length, whatever their method.
 LENGTH = ("epochs", "learning_rate", "momentum", "decay", "schedule", "gammas")
 # Settings of a run that method, rate, seed and place say already, or that say nothing of the recipe.
-TOLD_ELSEWHERE = {"recipe", "dataset", "data_path", "HTrate", "manualSeed", "teacher", "widths_of"}
+TOLD_ELSEWHERE = {"recipe", "dataset", "data_path", "HTrate", "manualSeed", "teacher", "widths_of"} | {
+    *("amp", "compile", "deterministic")
+}
 DISTILLATION = {"loss", "kd_on", "kd_weight", "kd_T", "share_classifier"}
 PHRASES = {
     ("threshold_every", "epoch"): "threshold per epoch",
@@ -198,7 +200,7 @@ def recipe_key(results: dict) -> tuple:
     values = {
         **{name: known.get(name) for name in names},
         **{"teacher": (teacher.get("arch"), teacher.get("sha256")), "images": images, "init": init(results)},
-        "amp": bool(known.get("amp")),
+        "amp": results.get("arithmetic") == "bfloat16",
         # Small networks of one rate agree in their narrowest layer; the width of the residual stream differs from seed to seed.
         "narrowest": min(layer["shape"][0] for layer in results["filters"]) if known["widths_of"] else None,
     }

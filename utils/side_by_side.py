@@ -100,7 +100,6 @@ class SideBySide:
             self.fail(row, str(error))
             return True
         row.folder.mkdir(parents=True, exist_ok=True)
-        set_aside_log(row.folder)
         threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         with open(row.folder / CONSOLE, "ab") as console:
             # In a session of its own, so that a Ctrl-C at the terminal reaches it once, through us.
@@ -166,14 +165,6 @@ class Signals:
 
     def note(self, signum, frame) -> None:
         self.count += 1
-
-
-def set_aside_log(folder: Path) -> None:
-    """Renames the log of a run that was killed before its first checkpoint, for the run to begin anew."""
-    if any(folder.glob("*.pth.tar")) or (folder / "results.json").exists():
-        return
-    for log in list(folder.glob("log_seed_*.txt")):
-        log.replace(log.with_name(f"interrupted.{log.name}"))
 
 
 def kill_session(process: subprocess.Popen) -> None:
