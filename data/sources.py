@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.cache import Arrays, fingerprint, read_cached
+from data.image_size import check_declared_size
 from data.images import ImageArrays
 from data.synthetic import CLASSES as SYNTHETIC_CLASSES
 from data.synthetic import make_images
@@ -274,6 +275,7 @@ def _read_image(file: str) -> Tensor:
     """uint8 (3, 32, 32); an image of another size is scaled on its shorter side and cut out of the centre."""
     try:
         with Image.open(file) as image:
+            check_declared_size(image, SIZE)
             if image.mode.startswith("I;16"):
                 # Pillow's own conversion clips 16-bit grey at 255.
                 image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))

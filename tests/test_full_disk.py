@@ -1,0 +1,136 @@
+"""A disk that fills up: one line, and everything that was there stays. On a small tmpfs where one may be mounted, else by injection."""
+
+import csv
+import errno
+import os
+import resource
+import subprocess
+
+import pytest
+import torch
+
+from utils import checkpoint as checkpoints
+from utils import files
+from utils.errors import UserError
+from utils.files import append_line, end_last_line
+from utils.run_folder import METRICS, RunFolder
+
+NAME = "checkpoint.resnet8.pth.tar"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of its own, of 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, timeout=20).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("mounting a tmpfs is not permitted here; the injected errors are tested all the same")
+    yield folder
+    subprocess.run(["umount", str(folder)], timeout=20)
+
+
+def fill(disk, leave):
+    """Fills a file system up to `leave` bytes."""
+    free = os.statvfs(disk)
+    with open(disk / "ballast", "wb") as file:
+        file.write(bytes(max(0, free.f_bavail * free.f_frsize - leave)))
+
+
+def test_a_full_disk_during_save_loses_nothing(train, small_disk):
+    whole = train("--epochs", 2, "--save_path", "whole")
+    folder = train("--epochs", 1, "--save_path", small_disk / "out")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    fill(small_disk, leave=200_000)
+    with pytest.raises(UserError, match=r"cannot write '.*pth.tar' \(No space left on device\)") as caught:
+        train("--epochs", 2, "--resume", folder / NAME)
+    assert "\n" not in str(caught.value)
+    for name, content in before.items():
+        now = (folder / name).read_bytes()
+        assert now == content or (name.startswith("log_") and now.startswith(content)), name
+    assert not list(folder.glob(".*"))
+    (small_disk / "ballast").unlink()
+    train("--epochs", 2, "--resume", "auto", "--save_path", folder)
+    a, b = (torch.load(path / NAME, weights_only=True)["state_dict"] for path in (folder, whole))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_lines_that_no_longer_fit_are_not_there_at_all(small_disk):
+    path = small_disk / "log"
+    append_line(path, "first")
+    fill(small_disk, leave=8192)
+    with pytest.raises(OSError, match="No space"):
+        for _ in range(20):
+            append_line(path, "x" * 1000)
+    assert path.read_bytes().endswith(b"\n") and set(path.read_text().splitlines()) <= {"first", "x" * 1000}
+
+
+def test_a_line_that_was_written_in_part_is_taken_back(tmp_path):
+    path = tmp_path / "log"
+    append_line(path, "first")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limit[1]))
+    try:
+        with pytest.raises(OSError):
+            append_line(path, "x" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_text() == "first\n"
+
+
+@pytest.mark.parametrize("name", ["fsync", "link", "replace"])
+def test_an_error_at_any_point_of_a_save_leaves_good_checkpoints(tmp_path, monkeypatch, name):
+    run = RunFolder(tmp_path, 1)
+    for value in (1.0, 2.0):
+        run.save_checkpoint({"arch": "net", "state_dict": {"w": torch.tensor([value])}}, is_best=True)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, name, full)
+    with pytest.raises(UserError, match="No space left"):
+        run.save_checkpoint({"arch": "net", "state_dict": {"w": torch.tensor([3.0])}}, is_best=False)
+    monkeypatch.undo()
+    run.close()
+    kinds = {p.name: float(checkpoints.read(p)["state_dict"]["w"]) for p in tmp_path.glob("*.pth.tar")}
+    assert kinds.get("checkpoint.net.pth.tar", kinds["previous.net.pth.tar"]) == 2.0
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("what", ["append_line", "draw_curves"])
+def test_other_files_that_cannot_be_written_are_one_line(train, monkeypatch, what):
+    folder = train("--epochs", 1, "--save_path", "out")
+    before = (folder / NAME).read_bytes()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if what == "append_line":
+        monkeypatch.setattr("utils.run_folder.append_line", full)
+    else:
+        monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match=r"cannot write.*No space left") as caught:
+        train("--resume", folder / NAME)
+    assert "\n" not in str(caught.value) and (folder / NAME).read_bytes() == before
+
+
+def test_metrics_and_log_are_mended(tmp_path):
+    rows = [dict.fromkeys(METRICS, float(epoch)) for epoch in range(3)]
+    with RunFolder(tmp_path, 1) as run:
+        run.mend_metrics([])
+        for row in rows:
+            run.append_metrics(row)
+    good = (tmp_path / "metrics.csv").read_bytes()
+    assert len(list(csv.DictReader(good.decode().splitlines()))) == 3
+    for torn in (good[:-5], good[: good.rindex(b"\n", 0, -1) + 1], b"", good + good):
+        (tmp_path / "metrics.csv").write_bytes(torn)
+        run.mend_metrics(rows)
+        assert (tmp_path / "metrics.csv").read_bytes() == good
+    log = tmp_path / "log_seed_1.txt"
+    log.write_bytes(b"whole\nhal")
+    end_last_line(log)
+    assert log.read_bytes() == b"whole\nhal\n"
