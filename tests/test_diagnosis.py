@@ -15,8 +15,19 @@ from utils.run_lock import LOCK_NAME
 NAME = "checkpoint.spoilt.pth.tar"
 
 
+class SpoilGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.save_for_backward(factor)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0], None
+
+
 class Spoil(nn.Module):
-    """Passes images on; in its n-th training step its output, or the gradient behind it, has one entry that is not finite."""
+    """Passes images on; in its n-th training step its output, or the gradient behind it, is not finite for the first image."""
 
     def __init__(self, n, where):
         super().__init__()
@@ -28,10 +39,11 @@ class Spoil(nn.Module):
             self.steps += 1
             if int(self.steps) == self.n:
                 factor = torch.ones_like(x)
-                factor[0, 0, 0, 0] = torch.inf
+                factor[0] = torch.inf
                 if self.where == "activation":
                     return x * factor
-                x.register_hook(lambda gradient: gradient * factor)
+                if self.where == "gradient":
+                    return SpoilGradient.apply(x, factor)
         elif self.where == "test" and int(self.steps) >= self.n:
             return x * torch.inf
         return x

@@ -31,12 +31,14 @@ def replace_file(path: Path, content: bytes | memoryview, *, keep: Path | None =
         sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
+        if keep is not None:
+            _second_name(path, keep).unlink(missing_ok=True)
         raise UserError(f"cannot write '{path}' ({error.strerror}); what was there before is intact") from None
 
 
 def _keep(path: Path, keep: Path) -> None:
     """Gives a file a second name, so that it is there under the first one until that is replaced."""
-    second = path.with_name(f".{keep.name}.tmp")
+    second = _second_name(path, keep)
     second.unlink(missing_ok=True)
     try:
         os.link(path, second)
@@ -47,6 +49,10 @@ def _keep(path: Path, keep: Path) -> None:
     os.replace(second, keep)
     # Where both names were one file already, replacing does nothing and leaves the third.
     second.unlink(missing_ok=True)
+
+
+def _second_name(path: Path, keep: Path) -> Path:
+    return path.with_name(f".{keep.name}.tmp")
 
 
 def append_line(path: Path, line: str, *, durable: bool = False) -> None:

@@ -55,6 +55,7 @@ class RunLock:
                 holder = file.read(200).strip()
                 file.close()
                 if error.errno in UNSUPPORTED:
+                    self.path.unlink(missing_ok=True)
                     self.note = (
                         f"note: no file locks in '{folder}' ({error.strerror}); two runs must not use one save path"
                     )
