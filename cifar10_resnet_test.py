@@ -79,6 +79,11 @@ def choose_start(args: argparse.Namespace, given: set[str]) -> tuple[argparse.Na
     return args, find_start(args, given, checkpoint, args.student, run_name(args))
 
 
+def teacher_command(args: argparse.Namespace, arch: str | None) -> list[str]:
+    """The command line that trains a teacher, less its recipe."""
+    return ["python", SCRIPT, args.data_path, "--dataset", args.dataset, "--arch", arch or "resnet56"]
+
+
 def load_images(args: argparse.Namespace, device: torch.device) -> data.Data:
     """The data set in memory: the GPU's where there is one."""
     if args.dataset == "synthetic" and is_first():
@@ -115,7 +120,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     args, given = parser().parse_given(argv)
     with process_group(args.ngpu, args.dist_timeout) as device:
         args, start = from_first(lambda: choose_start(args, given))
-        teacher = on_all(lambda: load_teacher(args, SCRIPT))
+        teacher = on_all(lambda: load_teacher(args, lambda arch: teacher_command(args, arch)))
         prepare_process(args)
         images = on_all(lambda: load_images(args, device))
         net = on_all(lambda: build_network(args, len(images.classes), start.checkpoint))

@@ -1,8 +1,21 @@
 """Data: the growing DataLoader and the image sets. Downloads go into this folder too (git ignores them)."""
 
+from data.image_files import ImageFiles
+from data.imagenet import load_imagenet
 from data.images import ImageArrays
 from data.loader import DataLoader
 from data.sampler import GrowingBatchSampler
 from data.sources import DATASETS, Data, NoData, find_or_download, load
 
-__all__ = ["DATASETS", "Data", "DataLoader", "GrowingBatchSampler", "ImageArrays", "NoData", "find_or_download", "load"]
+__all__ = [
+    "DATASETS",
+    "Data",
+    "DataLoader",
+    "GrowingBatchSampler",
+    "ImageArrays",
+    "ImageFiles",
+    "NoData",
+    "find_or_download",
+    "load",
+    "load_imagenet",
+]

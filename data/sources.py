@@ -160,7 +160,7 @@ def _download(name: str, path: Path, spec: Spec) -> Path:
     if path.parts and not path.parent.exists() and not path.exists():
         raise NoData(f"data path '{path}' does not exist, nor does the folder that it would be made in; {remedy}")
     print(f"no {name} in '{path}': downloading it there", flush=True)
-    if not _answers(dataset_class.url):
+    if not answers(dataset_class.url):
         raise NoData(f"no {name} in '{path}', and its download does not answer within {PROBE_SECONDS} s; {remedy}")
     try:
         path.mkdir(exist_ok=True)
@@ -177,7 +177,7 @@ def _download(name: str, path: Path, spec: Spec) -> Path:
     return path
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     """Whether a server begins to answer within PROBE_SECONDS. In a thread, as name look-ups obey no timeout."""
     answered = threading.Event()
 
@@ -217,7 +217,7 @@ def _unpack_torchvision_files(root: Path, spec: Spec) -> Arrays:
 
 
 def _read_tree(tree: tuple[Path, Path], name: str, spec: Spec) -> Arrays:
-    folders = {split: _class_folders(folder) for split, folder in zip(("train", "test"), tree, strict=True)}
+    folders = {split: class_folders(folder) for split, folder in zip(("train", "test"), tree, strict=True)}
     classes = sorted(folders["train"])
     if sorted(folders["test"]) != classes:
         odd = sorted(set(classes) ^ set(folders["test"]))
@@ -253,7 +253,7 @@ def _decode_tree(folders: dict[str, dict[str, list[os.DirEntry]]], classes: list
     return arrays, classes
 
 
-def _class_folders(folder: Path) -> dict[str, list[os.DirEntry]]:
+def class_folders(folder: Path) -> dict[str, list[os.DirEntry]]:
     """{class name: image files, sorted by name}."""
     found = {}
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):

@@ -110,6 +110,15 @@ def _build_full(checkpoint: dict, arch: str, path: str | os.PathLike) -> nn.Modu
     return net
 
 
+def check_torchvision_arch(arch: str) -> None:
+    """Raises UserError for a name that is no classification network of torchvision."""
+    torchvision = import_torchvision()
+    if arch not in torchvision.models.list_models(torchvision.models):
+        raise UserError(
+            f"unknown network '{arch}'; choose resnet18, resnet34, resnet50, resnet101, resnet152 or another classification network of torchvision.models"
+        )
+
+
 def build_torchvision(arch: str, num_classes: int) -> nn.Module:
     """torchvision's classification network of this name, untrained.
 
@@ -119,7 +128,9 @@ def build_torchvision(arch: str, num_classes: int) -> nn.Module:
     torchvision = import_torchvision()
     if arch not in torchvision.models.list_models(torchvision.models):
         raise UserError(f"unknown network '{arch}'; choose from {', '.join(REGISTRY)}, or one of torchvision.models")
-    return torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
+    # The heads that these two add for training alone make them return several outputs.
+    options = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
+    return torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **options)
 
 
 def is_torchvisions(checkpoint: dict, arch: str) -> bool:

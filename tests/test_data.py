@@ -94,7 +94,7 @@ def tv_cifar10(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    monkeypatch.setattr(sources, "_answers", lambda url: False)
+    monkeypatch.setattr(sources, "answers", lambda url: False)
 
 
 @pytest.fixture
@@ -531,7 +531,7 @@ def test_torchvision_files_are_not_unpickled_when_their_checksum_is_wrong(tmp_pa
 
 
 def test_absent_data_are_not_downloaded_when_not_asked_to(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_answers", lambda url: pytest.fail("the network was asked"))
+    monkeypatch.setattr(sources, "answers", lambda url: pytest.fail("the network was asked"))
     refused(re.escape(f"{tmp_path}/cifar-100-python"), "cifar100", tmp_path, download=False)
 
 
@@ -543,7 +543,7 @@ def test_failing_download_is_one_line(tmp_path, monkeypatch):
     def download(self, url=None):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(sources, "_answers", lambda url: True)
+    monkeypatch.setattr(sources, "answers", lambda url: True)
     monkeypatch.setattr(import_torchvision().datasets.CIFAR10, "download", download)
     refused("download.*No space left", "cifar10", tmp_path)
 
@@ -556,7 +556,7 @@ def test_download_leaves_no_socket_timeout_behind(tmp_path, monkeypatch):
         within.append(socket.getdefaulttimeout())
         raise RuntimeError
 
-    monkeypatch.setattr(sources, "_answers", lambda url: True)
+    monkeypatch.setattr(sources, "answers", lambda url: True)
     monkeypatch.setattr(import_torchvision().datasets.CIFAR10, "download", download)
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(77)
@@ -575,7 +575,7 @@ def test_download_goes_to_the_data_path(tv_cifar10, tmp_path, monkeypatch):
     def download(self):
         folder.rename(Path(self.root) / folder.name)
 
-    monkeypatch.setattr(sources, "_answers", lambda url: True)
+    monkeypatch.setattr(sources, "answers", lambda url: True)
     monkeypatch.setattr(import_torchvision().datasets.CIFAR10, "download", download)
     loaded = data.load("cifar10", target)
     assert torch.equal(loaded.train.images, images[:20]) and (target / folder.name).is_dir()
@@ -599,7 +599,7 @@ def test_name_look_up_that_hangs_is_given_up(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: time.sleep(3) or [])
     begin = time.monotonic()
-    assert not sources._answers("http://hangs.invalid/")
+    assert not sources.answers("http://hangs.invalid/")
     assert time.monotonic() - begin < 2
 
 

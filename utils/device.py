@@ -30,6 +30,11 @@ def choose_device(ngpu: int | None) -> torch.device:
     return torch.device("cuda" if ngpu != 0 and torch.cuda.is_available() else "cpu")
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def flush_denormals() -> None:
     """Makes CPU arithmetic round numbers below 1e-38 to zero. Call it before the first parallel computation: threads inherit it.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 from utils.objective import at_least_float32
+from utils.observe import last_linear, observe
 
 KD_ON = ("feature", "stages", "logits")
 
@@ -94,10 +95,8 @@ class Distillation:
     def __call__(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy plus the weighted distance, and the student's logits (B, classes)."""
         guides = self.guides(images)
-        logits, features, stages = net(images, return_features=True)
-        followers = [
-            adapter(x) for adapter, x in zip(self.adapters, _chosen(self.on, logits, features, stages), strict=True)
-        ]
+        logits, observed = observe(net, images, self.on)
+        followers = [adapter(x) for adapter, x in zip(self.adapters, observed, strict=True)]
         # Under autocast too: the squares of features overflow half precision, and bfloat16 keeps 8 bits of them.
         distances = [
             self.distance(at_least_float32(x), at_least_float32(guide))
@@ -109,13 +108,13 @@ class Distillation:
     @torch.no_grad()
     def guides(self, images: Tensor) -> list[Tensor]:
         """What the teacher says of the images, to be compared with the student."""
-        return _chosen(self.on, *self.ask_teacher(images, return_features=True))
+        return observe(self.ask_teacher, images, self.on)[1]
 
     @torch.no_grad()
     def _make_adapters(self, student: nn.Module, images: Tensor) -> nn.ModuleList:
         was_training = student.training
         student.eval()
-        followers = _chosen(self.on, *student(images, return_features=True))
+        followers = observe(student, images, self.on)[1]
         student.train(was_training)
         guides = self.guides(images)
         if len(followers) != len(guides):
@@ -139,18 +138,6 @@ class Distillation:
             else:
                 adapters.append(nn.Linear(*widths) if follower.dim() == 2 else nn.Conv2d(*widths, 1))
         return adapters.to(images.device)
-
-
-def _chosen(on: str, logits: Tensor, features: Tensor, stages: list[Tensor]) -> list[Tensor]:
-    return {"logits": [logits], "feature": [features], "stages": list(stages)}[on]
-
-
-def last_linear(net: nn.Module) -> nn.Linear:
-    """A network's last linear layer, its classifier."""
-    linears = [module for module in net.modules() if isinstance(module, nn.Linear)]
-    if not linears:
-        raise UserError(f"{type(net).__name__} has no linear layer to share")
-    return linears[-1]
 
 
 @torch.no_grad()

@@ -251,6 +251,14 @@ def _has_statistics_of_its_own(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
+def copy_from_first(net: nn.Module) -> None:
+    """Gives every rank the parameters and buffers of rank 0; the network is still on the CPU."""
+    if world_size() > 1:
+        for value in net.state_dict().values():
+            dist.broadcast(value, src=0, group=_hosts)
+
+
+@torch.no_grad()
 def average_batchnorm(net: nn.Module) -> None:
     """Gives the running statistics of BatchNorm their mean over ranks: one network is tested and saved, the same everywhere.
 
@@ -273,6 +281,33 @@ def average_batchnorm(net: nn.Module) -> None:
     dist.all_reduce(counters, op=dist.ReduceOp.MAX)
     for module, counter in zip(norms, counters, strict=True):
         module.num_batches_tracked.copy_(counter)
+
+
+def synchronise_batchnorm(net: nn.Module, device: torch.device) -> nn.Module:
+    """The network with BatchNorm over all ranks; names, parameters and running statistics are the same tensors.
+
+    Raises:
+        UserError: on CPUs, where torch has no such layer.
+    """
+    if device.type != "cuda":
+        raise UserError("--sync_bn works on GPUs only, as torch's SyncBatchNorm; leave it out")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+
+
+def plain_batchnorm(net: nn.Module) -> nn.Module:
+    """The reverse of `synchronise_batchnorm`, in place, for networks that are to be traced or saved."""
+    for name, child in net.named_children():
+        if isinstance(child, nn.SyncBatchNorm):
+            plain = nn.BatchNorm2d(
+                child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
+            )
+            for own in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                setattr(plain, own, getattr(child, own))
+            plain.train(child.training)
+            setattr(net, name, plain)
+        else:
+            plain_batchnorm(child)
+    return net
 
 
 def is_lost_connection(error: BaseException) -> bool:

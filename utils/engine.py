@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from AHSG_HT import AHSG_HT
 from utils.distributed import gather, rank, sum_over_ranks, world_size
+from utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,9 @@ def train_epoch(
         on_step: called after every mini-batch with its number, its size and the means so far.
         first: number of the mini-batch at which the loader stands; that of the whole epoch when nothing is left to do.
         means: those of the mini-batches before; None for new ones.
+
+    Raises:
+        UserError: no image could be read.
     """
     net.train()
     sizes = loader.sizes(epoch)
@@ -123,7 +127,10 @@ def train_epoch(
             max_images=max_images,
         )
         on_step(t, sizes[t], means)
-    return means.read()
+    result = means.read()
+    if result.images_per_s == 0:
+        raise UserError(f"not one training image could be read in epoch {epoch}; check the data path")
+    return result
 
 
 def to_device(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from utils.distributed import (
     local_world_size,
     on_all,
     rank,
+    synchronise_batchnorm,
     world_size,
 )
 from utils.engine import evaluate
@@ -39,7 +41,7 @@ from utils.plan import format_plan, make_plan
 from utils.resume import Start, resume_command
 from utils.run_folder import RunFolder, SilentFolder
 from utils.signals import stop
-from utils.training import Training, format_pass
+from utils.training import Training, format_pass, gather_bad_images
 
 EVALUATION_BATCH = 500
 
@@ -56,6 +58,8 @@ class Experiment:
         images: the data set.
         net: the network to train, on `device`.
         teacher: a trained network, or None.
+        network_facts: what a checkpoint must say besides `arch` for the network to be built again.
+        facts: further entries for results.json.
         acceleration: how it computes, chosen when it runs.
     """
 
@@ -67,6 +71,8 @@ class Experiment:
     net: nn.Module
     teacher: nn.Module | None
     device: torch.device
+    network_facts: dict = field(default_factory=dict)
+    facts: dict = field(default_factory=dict)
     acceleration: Acceleration = Acceleration()  # noqa: RUF009 (immutable)
 
     def run(self) -> Path | None:
@@ -79,13 +85,15 @@ class Experiment:
             raise
 
     def _run(self) -> Path | None:
-        test_loader = data.DataLoader(self.images.test, EVALUATION_BATCH)
+        if self.args.sync_bn and world_size() > 1:
+            self.net = synchronise_batchnorm(self.net, self.device)
+        test_loader = build_test_loader(self.images, self.args, self.device)
         if self.args.evaluate:
             self.evaluate(test_loader)
             return None
         self.args.started_from = self.start.origin(self.args.resume)
         plan = make_plan(self.net, self.args.HTrate)
-        train_loader = build_train_loader(self.images, self.args)
+        train_loader = build_train_loader(self.images, self.args, self.device)
         objective, facts = build_objective(self.teacher, self.net, self.images, test_loader, self.args, self.device)
         optimizer = build_optimizer(self.net, getattr(objective, "adapters", None), self.args)
         self.acceleration = on_all(lambda: choose_acceleration(self.args, self.device))
@@ -120,8 +128,10 @@ class Experiment:
                 "command": shlex.join([*launcher(), self.script, *self.argv]),
                 "arithmetic": "bfloat16" if self.acceleration.amp else "float32",
                 **sizes,
+                **self.facts,
                 **facts,
             },
+            network_facts=self.network_facts,
             resume_command=lambda file: resume_command(self.script, self.argv, file, launcher()),
         )
         if self.start.checkpoint:
@@ -149,10 +159,16 @@ class Experiment:
     def evaluate(self, test_loader) -> None:
         """Tests the network of --resume and prints the release's line."""
         args = self.args
-        checkpoints.load_weights(self.net, self.start.checkpoint["state_dict"], args.resume)
+        if self.start.checkpoint:
+            checkpoints.load_weights(self.net, self.start.checkpoint["state_dict"], args.resume)
         tested = evaluate(self.net, test_loader, self.device)
+        skipped = gather_bad_images(test_loader)
         if is_first():
-            print(f"{args.student} of {args.resume} on {len(self.images.test)} test images ({self.images.source})")
+            for path in skipped:
+                print(f"skipped, cannot be read: {path}")
+            print(
+                f"{args.student} of {args.resume or self.facts.get('pretrained')} on {len(self.images.test)} test images ({self.images.source})"
+            )
             print(format_pass("Test", tested))
 
     def describe_loss(self, error: Exception) -> str:
@@ -230,17 +246,20 @@ def run_name(args: argparse.Namespace) -> str:
     return f"{args.recipe}-{args.dataset}-{args.student}{rate}-seed{args.manualSeed}"
 
 
-def load_teacher(args: argparse.Namespace, script: str) -> nn.Module | None:
-    """The network of --teacher, checked against --arch; None for a run without."""
+def load_teacher(args: argparse.Namespace, trained_by: Callable[[str | None], list[str]]) -> nn.Module | None:
+    """The network of --teacher, checked against --arch; None for a run without.
+
+    Args:
+        trained_by: the command line that trains a teacher of this name, or of one to propose.
+    """
     if args.evaluate:
         return None
     if not args.teacher:
         if not args.arch_small and args.recipe not in ("distill", "prune_distill"):
             return None
-        arch = args.arch if args.arch_small else "resnet56"
-        command = ["python", script, args.data_path, "--dataset", args.dataset, "--arch", arch]
+        command = shlex.join(trained_by(args.arch if args.arch_small else None))
         raise UserError(
-            f"distillation needs a trained teacher: add --teacher FILE; this trains one: {shlex.join(command)} --recipe baseline"
+            f"distillation needs a trained teacher: add --teacher FILE; this trains one: {command} --recipe baseline"
         )
     arch, teacher = models.load_with_name(args.teacher, args.arch)
     if args.arch_small and arch != args.arch:
@@ -256,12 +275,15 @@ def build_objective(
     if teacher is None:
         return cross_entropy, {}
     classes = len(images.classes)
-    if teacher.num_classes != classes:
+    teacher.to(device, memory_format=torch.channels_last).eval()
+    sample = next(iter(data.DataLoader(images.test, 2, num_replicas=1, rank=0)))[0].to(device)
+    with torch.no_grad():
+        teachers_classes = teacher(sample).shape[1]
+    if teachers_classes != classes:
         raise UserError(
-            f"--teacher '{args.teacher}' tells {teacher.num_classes} classes apart, {args.dataset} has {classes}; "
+            f"--teacher '{args.teacher}' tells {teachers_classes} classes apart, {args.dataset} has {classes}; "
             "use a teacher of the same data set"
         )
-    teacher.to(device, memory_format=torch.channels_last)
     tested = evaluate(teacher, test_loader, device)
     if is_first():
         print(f"teacher {args.teacher_arch} of {args.teacher}: {format_pass('Teacher', tested).strip()}", flush=True)
@@ -274,9 +296,8 @@ def build_objective(
         )
     if args.share_classifier:
         share_classifier(teacher, net)
-    sample, _ = next(iter(data.DataLoader(images.test, 2, num_replicas=1, rank=0)))
     objective = Distillation(
-        teacher, net, sample.to(device), on=args.kd_on, loss=args.loss, weight=args.kd_weight, temperature=args.kd_T
+        teacher, net, sample, on=args.kd_on, loss=args.loss, weight=args.kd_weight, temperature=args.kd_T
     )
     facts = {"arch": args.teacher_arch, "file": args.teacher, "accuracy": tested.top1, "sha256": checksum(args.teacher)}
     return objective, {"teacher": facts}
@@ -285,7 +306,12 @@ def build_objective(
 def build_optimizer(net: nn.Module, adapters: nn.Module | None, args: argparse.Namespace):
     """Plain SGD where nothing is thresholded and no ball rolls, else AHSG_HT. Adapters are never thresholded."""
     groups = [{"params": list(net.parameters())}]
-    common = dict(lr=args.learning_rate, momentum=args.momentum, weight_decay=args.decay, nesterov=args.momentum > 0)
+    common = dict(
+        lr=args.learning_rate,
+        momentum=args.momentum,
+        weight_decay=args.decay,
+        nesterov=args.nesterov and args.momentum > 0,
+    )
     plain = args.HTrate == 1 and args.v == 0
     if adapters is not None and list(adapters.parameters()):
         groups.append({"params": list(adapters.parameters()), **({} if plain else {"HTrate": 1})})
@@ -304,7 +330,7 @@ def build_optimizer(net: nn.Module, adapters: nn.Module | None, args: argparse.N
     )
 
 
-def build_train_loader(images: data.Data, args: argparse.Namespace) -> data.DataLoader:
+def build_train_loader(images: data.Data, args: argparse.Namespace, device: torch.device) -> data.DataLoader:
     """The growing loader over the training images."""
     if args.batch_size < world_size():
         raise UserError(
@@ -315,13 +341,38 @@ def build_train_loader(images: data.Data, args: argparse.Namespace) -> data.Data
             f"--batch_size {args.batch_size} is more than the {len(images.train)} training images; use a smaller one"
         )
     growth = dict(growth=args.growth, restart=not args.no_restart, max_batch_size=args.max_batch_size)
-    workers = dict(num_workers=args.workers, persistent_workers=args.workers > 0)
     try:
         return data.DataLoader(
-            images.train, args.batch_size, args.k, shuffle=True, seed=args.manualSeed, **growth, **workers
+            images.train,
+            args.batch_size,
+            args.k,
+            shuffle=True,
+            seed=args.manualSeed,
+            **growth,
+            **worker_options(args, device),
         )
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def build_test_loader(images: data.Data, args: argparse.Namespace, device: torch.device) -> data.DataLoader:
+    """The test images in mini-batches that a process can take through the network at once."""
+    size = min(EVALUATION_BATCH, (args.max_images_per_step or EVALUATION_BATCH) * world_size())
+    # Images in memory are handed out faster than a worker process could send them.
+    options = worker_options(args, device) if isinstance(images.test, data.ImageFiles) else {}
+    return data.DataLoader(images.test, size, **options)
+
+
+def worker_options(args: argparse.Namespace, device: torch.device) -> dict:
+    """Worker processes that live as long as the run, and memory that a GPU can read by itself."""
+    if not args.workers:
+        return {}
+    return dict(
+        num_workers=args.workers,
+        persistent_workers=True,
+        prefetch_factor=args.prefetch_factor,
+        pin_memory=device.type == "cuda",
+    )
 
 
 def describe_schedule(sizes: list[int]) -> str:

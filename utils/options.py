@@ -12,7 +12,19 @@ from utils.errors import UserError
 from utils.recipes import RECIPES, fit_schedule
 
 # Options a recipe fills in where the command line is silent.
-RECIPE_KEYS = ("epochs", "learning_rate", "momentum", "decay", "schedule", "gammas", "batch_size", "k", "HTrate", "v")
+RECIPE_KEYS = (
+    "epochs",
+    "learning_rate",
+    "momentum",
+    "nesterov",
+    "decay",
+    "schedule",
+    "gammas",
+    "batch_size",
+    "k",
+    "HTrate",
+    "v",
+)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -28,7 +40,15 @@ class OneLineParser(argparse.ArgumentParser):
         """The options, and the names of those that the command line gives."""
         missing = object()
         names = [action.dest for action in self._actions if action.dest != "help"]
-        marked = self.parse_args(args, argparse.Namespace(**dict.fromkeys(names, missing)))
+        # argparse sets an optional positional to its default where it is not given, whatever the namespace holds.
+        defaults = {action: action.default for action in self._actions if not action.option_strings}
+        for action in defaults:
+            action.default = missing
+        try:
+            marked = self.parse_args(args, argparse.Namespace(**dict.fromkeys(names, missing)))
+        finally:
+            for action, default in defaults.items():
+                action.default = default
         given = {name for name in names if getattr(marked, name) is not missing}
         return self.parse_args(args), given
 
@@ -85,30 +105,56 @@ kept_rate = number(float, lambda x: 0 < x <= 1, "the share of filters KEPT, in (
 pruned_rate = number(float, lambda x: 0 <= x < 1, "the share of filters REMOVED, in [0, 1)")
 
 
-def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what every training script takes, in titled groups."""
+def switch(text: str) -> bool:
+    """An argparse type: on or off."""
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"must be on or off, got '{text}'")
+    return text == "on"
+
+
+def add_training_options(parser: argparse.ArgumentParser, recipes: dict[str, dict] = RECIPES) -> None:
+    """Adds what every training script takes, in titled groups; the help names the recipes' numbers."""
+    plain, prune = recipes["baseline"], recipes["prune"]
     group = parser.add_argument_group("recipe and training")
     group.add_argument(
-        "--recipe", choices=RECIPES, help="numbers for everything below that is not given (default: prune)"
+        "--recipe", choices=recipes, help="numbers for everything below that is not given (default: prune)"
     )
-    group.add_argument("--epochs", type=count, help="passes over the data (recipe: 200)")
+    group.add_argument("--epochs", type=count, help=f"passes over the data (recipe: {plain['epochs']})")
     group.add_argument(
-        "--batch_size", "-b", type=count, help="images in the first mini-batch (recipes: 128, pruning 64)"
+        "--batch_size",
+        "-b",
+        type=count,
+        help=f"images in the first mini-batch, over all processes ({plain['batch_size']}, pruning {prune['batch_size']})",
     )
     group.add_argument(
-        "--learning_rate", "--lr", type=positive, help="learning rate of epoch 0 (recipes: 0.01, finetune 0.001)"
+        "--learning_rate",
+        "--lr",
+        type=positive,
+        help=f"learning rate of epoch 0 ({plain['learning_rate']:g}, finetune {recipes['finetune']['learning_rate']:g})",
     )
-    group.add_argument("--momentum", type=not_negative, help="Nesterov momentum (0.9)")
-    group.add_argument("--decay", "--weight_decay", "--wd", type=not_negative, help="weight decay (5e-4)")
+    group.add_argument("--momentum", type=not_negative, help=f"momentum of SGD ({plain['momentum']:g})")
+    group.add_argument(
+        "--nesterov",
+        type=switch,
+        metavar="on|off",
+        help=f"Nesterov's momentum ({'on' if plain['nesterov'] else 'off'})",
+    )
+    group.add_argument(
+        "--decay", "--weight_decay", "--wd", type=not_negative, help=f"weight decay ({plain['decay']:g})"
+    )
     group.add_argument(
         "--schedule",
         type=whole,
         nargs="+",
         metavar="EPOCH",
-        help="epochs at which the learning rate changes (1 60 120 160)",
+        help=f"epochs at which the learning rate changes ({' '.join(map(str, plain['schedule']))})",
     )
     group.add_argument(
-        "--gammas", type=positive, nargs="+", metavar="G", help="factors at these epochs (10 0.2 0.2 0.2)"
+        "--gammas",
+        type=positive,
+        nargs="+",
+        metavar="G",
+        help=f"factors at these epochs ({' '.join(f'{gamma:g}' for gamma in plain['gammas'])})",
     )
     group.add_argument("--fit_schedule", action="store_true", help="scale the recipe's milestones to --epochs")
 
@@ -117,7 +163,9 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     rates.add_argument("--HTrate", type=kept_rate, help="share of filters KEPT in every convolution (0.7)")
     rates.add_argument("--prune_rate", type=pruned_rate, help="share of filters REMOVED: 0.3 is --HTrate 0.7")
     group.add_argument(
-        "--k", type=k_number, help="growing mini-batch: step size in (0, 1), cap >= batch size, or none (recipe: 128)"
+        "--k",
+        type=k_number,
+        help=f"growing mini-batch: step size in (0, 1), cap >= batch size, or none (pruning: {prune['k'] or 'none'})",
     )
     group.add_argument(
         "--growth", choices=("linear", "exponential"), default="linear", help="growth for a step size (linear)"
@@ -189,6 +237,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument(
         "--save_path",
+        "--save_dir",
         type=path_name,
         help="folder for log, checkpoints and results (runs/<recipe>-<dataset>-<network>-...)",
     )
@@ -204,11 +253,18 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="mini-batches between two checkpoints within an epoch (none: at the end of every epoch)",
     )
-    group.add_argument("--evaluate", action="store_true", help="only test the network of --resume")
+    group.add_argument("--evaluate", "-e", action="store_true", help="only test the network of --resume")
     group.add_argument("--manualSeed", "--seed", type=seed_number, default=1, help="seed of everything random (1)")
     group.add_argument("--workers", "-j", type=whole, default=0, help="processes that make mini-batches (0: this one)")
     group.add_argument(
-        "--print_freq", "--print_frequency", type=count, default=200, help="mini-batches between log lines (200)"
+        "--prefetch_factor",
+        type=count,
+        default=2,
+        metavar="N",
+        help="mini-batches that each worker makes in advance (2)",
+    )
+    group.add_argument(
+        "--print_freq", "--print_frequency", "-p", type=count, default=200, help="mini-batches between log lines (200)"
     )
     group.add_argument("--ngpu", type=whole, help="0: CPU; 1: one GPU per process (default: a GPU where there is one)")
     group.add_argument(
@@ -240,12 +296,13 @@ def is_setting(name: str, value) -> bool:
     return True
 
 
-def resolve_recipe(args: argparse.Namespace, given: set[str]) -> argparse.Namespace:
+def resolve_recipe(args: argparse.Namespace, given: set[str], recipes: dict[str, dict] = RECIPES) -> argparse.Namespace:
     """Fills in the recipe's numbers, makes HTrate and prune_rate agree, and checks what single flags cannot.
 
     Args:
         args: options of a command line, completed here.
         given: names of those it gives.
+        recipes: numbers for what they leave open.
 
     Raises:
         UserError: flags that contradict each other.
@@ -257,7 +314,7 @@ def resolve_recipe(args: argparse.Namespace, given: set[str]) -> argparse.Namesp
         args.recipe = (
             "prune" if not args.arch_small and not args.teacher else "distill" if args.HTrate == 1 else "prune_distill"
         )
-    recipe = RECIPES[args.recipe]
+    recipe = recipes[args.recipe]
     if args.recipe in ("baseline", "distill") and args.HTrate not in (None, 1):
         instead = "prune" if args.recipe == "baseline" else "prune_distill"
         raise UserError(f"recipe {args.recipe} keeps every filter, got HTrate={args.HTrate:g}; use --recipe {instead}")
@@ -300,6 +357,6 @@ def resolve_recipe(args: argparse.Namespace, given: set[str]) -> argparse.Namesp
         raise UserError(
             f"--widths_of '{args.widths_of}' makes a new network, there is nothing to evaluate; leave one out"
         )
-    if args.evaluate and not args.resume:
+    if args.evaluate and not args.resume and not getattr(args, "use_pretrain", None):
         raise UserError("--evaluate tests a trained network; add --resume FILE")
     return args

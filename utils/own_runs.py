@@ -14,7 +14,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from utils.options import OneLineParser, add_training_options
-from utils.recipes import RECIPES, fit_schedule
+from utils.recipes import fit_schedule, recipes_of
 from utils.resume import SAME_RUN
 from utils.run_costs import Costs, run_costs
 from utils.seed_statistics import Summary, summarise
@@ -150,12 +150,12 @@ def find_runs(folders: Iterable[Path]) -> tuple[list[OwnRun], list[str]]:
 
 
 @cache
-def defaults(recipe: str) -> dict:
+def defaults(recipe: str, dataset: str) -> dict:
     """The settings of a recipe where a command line gives nothing else."""
     parser = OneLineParser()
     add_training_options(parser)
     options = vars(parser.parse_args([]))
-    return {**options, **RECIPES.get(recipe, {}), "loss": "MSE", "kd_on": "feature"}
+    return {**options, **recipes_of(dataset).get(recipe, {}), "loss": "MSE", "kd_on": "feature"}
 
 
 def method(results: dict) -> str:
@@ -183,12 +183,12 @@ def init(results: dict) -> str:
 def setting(results: dict, name: str):
     """A setting of a run; the recipe's where results.json is older than the option."""
     settings = results["settings"]
-    return settings[name] if name in settings else defaults(results["recipe"]).get(name)
+    return settings[name] if name in settings else defaults(results["recipe"], results["dataset"]).get(name)
 
 
 def recipe_key(results: dict) -> tuple:
     """Everything that makes a recipe, so that runs of equal keys, method and rate differ by their seed only."""
-    known = {**defaults(results["recipe"]), **results["settings"]}
+    known = {**defaults(results["recipe"], results["dataset"]), **results["settings"]}
     idle = set() if known.get("teacher") else set(DISTILLATION)
     idle |= {"threshold_every", "norm", "no_regrow"} if results["HTrate"] == 1 else set()
     idle |= {"heavy_ball"} if not known["v"] else set()
@@ -209,11 +209,11 @@ def recipe_key(results: dict) -> tuple:
 
 def recipe_text(results: dict) -> str:
     """The recipe in words: its epochs, and in what it differs from the recipe of its name."""
-    usual = {**defaults(results["recipe"]), "init": "scratch", "amp": False}
+    usual = {**defaults(results["recipe"], results["dataset"]), "init": "scratch", "amp": False}
     given = dict(recipe_key(results))
     parts = [f"{given['epochs']} epoch{'s' if given['epochs'] > 1 else ''}"]
     # A shortened run may follow the schedule of its own recipe or, to be comparable with the others, the baseline's.
-    for recipe in (usual, RECIPES["baseline"]):
+    for recipe in (usual, recipes_of(results["dataset"])["baseline"]):
         fitted = tuple(fit_schedule(recipe["schedule"], given["epochs"], recipe["epochs"]))
         if (given["schedule"], given["gammas"]) == (fitted, tuple(recipe["gammas"])):
             usual.update(schedule=fitted, gammas=recipe["gammas"])
@@ -244,7 +244,8 @@ def odd_data(results: dict) -> str:
 
 def shortened(results: dict) -> str:
     """By how much a recipe was shortened; "" for a full one."""
-    full = RECIPES.get(results["recipe"], RECIPES["baseline"])["epochs"]
+    recipes = recipes_of(results["dataset"])
+    full = recipes.get(results["recipe"], recipes["baseline"])["epochs"]
     epochs = results["epochs_run_here"] if "epochs_run_here" in results else results["epochs_done"]
     return f"{epochs} epoch{'s' if epochs > 1 else ''} instead of {full}" if epochs < full else ""
 

@@ -42,7 +42,7 @@ SAME_RUN = (
     ),
     *("teacher", "loss", "kd_on", "kd_weight", "kd_T", "share_classifier", "widths_of"),
     *("amp", "compile", "deterministic"),
-    *("max_images_per_step", "sync_bn"),
+    *("nesterov", "max_images_per_step", "sync_bn", "image_size", "use_pretrain"),
 )
 # Those that decide which images make up a mini-batch, and so what a position in the middle of an epoch means.
 SAME_BATCHES = ("dataset", "batch_size", "k", "growth", "max_batch_size", "no_restart", "manualSeed")
@@ -133,6 +133,8 @@ def find_start(args: argparse.Namespace, given: set[str], checkpoint: dict | Non
             print(line, flush=True)
         args.resume = str(found) if found else None
     stamp = file_stamp(Path(args.resume)) if args.resume else None
+    if checkpoint is None and args.evaluate:
+        return Start(None)
     if checkpoint is None and again is not None:
         check_writable(again)
         return Start(again, begins_again=True, notes=damaged)

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+import data
 from AHSG_HT import AHSG_HT
 from utils import checkpoint as checkpoints
 from utils.counts import multiply_adds
 from utils.curves import draw_curves
 from utils.device import describe_machine, describe_versions
 from utils.diagnosis import Watch, explain_test_loss
-from utils.distributed import average_batchnorm, gather, is_first, rank, world_size
+from utils.distributed import average_batchnorm, gather, is_first, plain_batchnorm, rank, world_size
 from utils.engine import PassResult, RunningMeans, evaluate, train_epoch
 from utils.errors import UserError
 from utils.get_small_model import table, write_small
@@ -31,6 +32,8 @@ from utils.run_folder import RunFolder
 from utils.signals import Stopped, stop
 from utils.small_network import make_small
 
+# Images on which the small network is compared with the masked one.
+COMPARED = 500
 # Seconds between two drawings of the curves while a run is under way.
 DRAW_SECONDS = 60
 
@@ -51,6 +54,7 @@ class Training:
         resume_command: the command line that continues from a file, for the last words of a run that is stopped.
         best: best test accuracy of this run so far, in %; -1 before the first epoch.
         facts: further entries for results.json.
+        network_facts: what checkpoints say of the network besides `arch`, "library" and "input_shape".
         start: filters that were not zero in the checkpoint that the run started from; None for a new network.
     """
 
@@ -72,6 +76,7 @@ class Training:
     resume_command: Callable[[str], str] = lambda file: f"--resume {file}"
     best: float = -1.0
     facts: dict = field(default_factory=dict)
+    network_facts: dict = field(default_factory=dict)
     start: dict[str, list[int]] | None = None
     _means: RunningMeans | None = None
     _saved_means: dict | None = None
@@ -121,6 +126,7 @@ class Training:
             raise stopped from None
         finally:
             self.train_loader.close()
+            self.test_loader.close()
 
     def _run_epochs(self) -> None:
         args = self.args
@@ -148,6 +154,7 @@ class Training:
                 )
             kept = kept_filters(self.net)
             check_same_on_all_ranks(kept, epoch)
+            self.log_bad_images()
             if self.thresholds:
                 self.run.log(f"  **Filters** zero: {count_zero_filters(self.plan, kept)}")
             row = dict(
@@ -238,6 +245,15 @@ class Training:
             draw_curves(self.history, self.title(), self.run.path / "curves.png")
         return results
 
+    def log_bad_images(self) -> None:
+        """Names the images that this epoch could not read, and counts those of the run."""
+        fresh = [path for loader in (self.train_loader, self.test_loader) for path in gather_bad_images(loader)]
+        for path in fresh:
+            self.run.log(f"  skipped, cannot be read: {path}")
+        self.facts["images_skipped"] = self.facts.get("images_skipped", 0) + len(fresh)
+        if self.facts["images_skipped"]:
+            self.run.log(f"  **Skipped** {self.facts['images_skipped']} images of this run that cannot be read")
+
     def title(self) -> str:
         kept = f", HTrate {self.args.HTrate:g}" if self.thresholds else ""
         return f"{self.arch} on {self.args.dataset}: {self.args.recipe}{kept}, batch {self.args.batch_size}, seed {self.args.manualSeed}"
@@ -254,6 +270,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "num_classes": self.num_classes,
             "dataset": self.args.dataset,
+            **self.network_facts,
             "settings": vars(self.args),
             "history": self.history,
             "random_states": random_states[0],
@@ -313,16 +330,23 @@ class Training:
                     "they were; BatchNorm's statistics and dropout depend on how a mini-batch is split"
                 )
 
+    def _test_images(self, count: int) -> torch.Tensor:
+        """The first test images that can be read, `count` or fewer, on this rank alone."""
+        loader = data.DataLoader(self.test_loader.dataset, count, num_replicas=1, rank=0)
+        return next(images for images, _ in loader if len(images))
+
     def count_network(self) -> dict[str, int]:
         """What results.json says of the network that was trained, its zeroed filters included."""
-        net, images = copy.deepcopy(self.net).cpu(), next(iter(self.test_loader))[0][:1].cpu()
+        net, images = copy.deepcopy(self.net).cpu(), self._test_images(2).cpu()[:1]
         macs = sum(multiply_adds(net, images).values())
         return {"multiply_adds": macs, "parameters": sum(p.numel() for p in net.parameters())}
 
     def write_small(self) -> dict:
         """Cuts the zeroed filters out and writes small.<arch>.pth.tar; what results.json says of it."""
-        images = next(iter(self.test_loader))[0].cpu().contiguous()
-        masked = copy.deepcopy(self.net).cpu().eval()
+        # As many pixels as there are in so many CIFAR images: a large network would be compared for minutes.
+        pixels = self._test_images(2)[0, 0].numel()
+        images = self._test_images(max(16, COMPARED * 32 * 32 // pixels)).cpu().contiguous()
+        masked = plain_batchnorm(copy.deepcopy(self.net)).cpu().eval()
         try:
             small, report = make_small(masked, images[:1], images)
             path, facts = write_small(
@@ -332,7 +356,7 @@ class Training:
                 self.arch,
                 tuple(images.shape[1:]),
                 self.run.path,
-                checkpoint={"dataset": self.args.dataset},
+                checkpoint={"dataset": self.args.dataset, **self.network_facts},
             )
         except UserError as error:
             # The trained network is safe in its checkpoint; a run that is done does not fail here.
@@ -378,6 +402,13 @@ class Training:
             "machine": describe_machine(self.device),
             "versions": describe_versions(),
         }
+
+
+def gather_bad_images(loader) -> list[str]:
+    """Paths of the images that a loader has skipped since the last call, over all ranks."""
+    if not hasattr(loader.dataset, "newly_bad"):
+        return []
+    return sorted({path for paths in gather(loader.dataset.newly_bad()) for path in paths})
 
 
 def check_same_on_all_ranks(kept: dict[str, list[int]], epoch: int) -> None:

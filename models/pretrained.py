@@ -1,0 +1,68 @@
+"""torchvision's networks with trained weights: torchvision's own, or those of a local file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data.sources import answers
+from utils import checkpoint as checkpoints
+from utils.errors import UserError
+from utils.torchvision_import import import_torchvision
+
+# The weights that papers on pruning start from (ResNet-50: 76.13 % top-1); the newer ones were trained by another recipe.
+USUAL_WEIGHTS = "IMAGENET1K_V1"
+# Heads that only help training, which networks built here do not have.
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
+
+
+def load_pretrained(net: nn.Module, arch: str, file: str | None) -> str:
+    """Copies trained weights into a network; a last layer for another number of classes keeps its own.
+
+    Args:
+        net: torchvision's network `arch`, of any number of classes.
+        file: a checkpoint or a bare state dict; None downloads torchvision's weights, or takes them from torch's cache.
+
+    Returns:
+        Where the weights come from, in words.
+
+    Raises:
+        UserError: no network, or weights of another network.
+    """
+    if file is None:
+        weights, source = _torchvisions_weights(arch)
+    else:
+        weights, source = checkpoints.read(file)["state_dict"], f"'{file}'"
+    own = net.state_dict()
+    weights = {name: value for name, value in weights.items() if not name.startswith(AUXILIARY)}
+    head = [name for name in _last_layer(net) if name in weights and weights[name].shape != own[name].shape]
+    for name in head:
+        weights[name] = own[name]
+    checkpoints.load_weights(net, weights, file or f"torchvision's {arch}")
+    return f"{source}, except the last layer, which has another number of classes" if head else source
+
+
+def _last_layer(net: nn.Module) -> list[str]:
+    """Names of the parameters of the last layer."""
+    *_, (name, layer) = ((n, m) for n, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    return [f"{name}.{parameter}" for parameter, _ in layer.named_parameters()]
+
+
+def _torchvisions_weights(arch: str) -> tuple[dict[str, Tensor], str]:
+    choices = import_torchvision().models.get_model_weights(arch)
+    weights = getattr(choices, USUAL_WEIGHTS, None) or next(iter(choices), None)
+    if weights is None:
+        raise UserError(f"torchvision has no trained weights of {arch}; use --use_pretrain FILE, or leave it out")
+    cached = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
+    remedy = f"put the file at '{cached}', or use --use_pretrain FILE"
+    if not cached.is_file() and not answers(weights.url):
+        raise UserError(
+            f"the trained weights of {arch} are not here and their download does not answer ({weights.url}); {remedy}"
+        )
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True), f"torchvision's {weights}"
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"the download of the trained weights of {arch} failed ({error}); {remedy}") from None
