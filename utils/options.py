@@ -280,7 +280,7 @@ def is_setting(name: str, value) -> bool:
     if action is None:
         # An option of one script alone (data path, data set): the script looks at it.
         return value is None or type(value) in (str, int, bool)
-    if action.nargs == 0:
+    if action.nargs == 0 or action.type is switch:
         return isinstance(value, bool) or value is action.default is None
     if value is None:
         return True

@@ -48,7 +48,7 @@ SAME_RUN = (
 SAME_BATCHES = ("dataset", "batch_size", "k", "growth", "max_batch_size", "no_restart", "manualSeed")
 KINDS = ("checkpoint", "previous", "best")
 # Of these a new run that starts from a checkpoint keeps what describes the network.
-SAME_NETWORK = ("dataset", "HTrate", "norm")
+SAME_NETWORK = ("dataset", "HTrate", "norm", "image_size")
 
 
 @dataclass
@@ -89,11 +89,17 @@ def adopt_settings(args: argparse.Namespace, given: set[str], checkpoint: dict |
     if not saved:
         return
     if args.evaluate:
-        names = ("dataset",)
+        names = ("dataset", "image_size")
     elif is_same_recipe(args, given, saved):
         names = (*SAME_RUN, "epochs")
     else:
         names = SAME_NETWORK
+    if not given & {"arch", "arch_small"}:
+        if not args.evaluate and is_same_recipe(args, given, saved):
+            # --arch may be the teacher's.
+            names = (*names, "arch", "arch_small")
+        else:
+            args.arch = checkpoint["arch"] if isinstance(checkpoint.get("arch"), str) else args.arch
     taken = given | ({"HTrate"} if "prune_rate" in given else set()) | ({"schedule"} if args.fit_schedule else set())
     for name in names:
         if name in saved and name not in taken:
