@@ -18,6 +18,22 @@ def tree(tmp_path_factory) -> Path:
     return make_tree(tmp_path_factory.mktemp("tree"))
 
 
+@pytest.fixture(scope="session")
+def jpegs(tmp_path_factory) -> Path:
+    """4 classes, 24 training and 16 validation images of several sizes."""
+    root = tmp_path_factory.mktemp("jpegs")
+    for split, count, seed in (("train", 24, 1), ("val", 16, 2)):
+        pixels, labels = make_images(60, seed=seed)
+        chosen = [i for i in range(60) if labels[i] < 4][:count]
+        for i in chosen:
+            folder = root / split / f"n{int(labels[i]):08d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray(pixels[i].permute(1, 2, 0).numpy()).resize((70 + 5 * (i % 4), 64 + 7 * (i % 3)))
+            # As in ImageNet, where some are grey and some CMYK.
+            image.convert(["RGB", "RGB", "L", "CMYK"][i % 4]).save(folder / f"{i:03d}.JPEG", quality=90)
+    return root
+
+
 @pytest.fixture(autouse=True)
 def small_network(monkeypatch):
     """Registers resnet8, one block per stage, for runs that take a second, and the same with dropout."""

@@ -12,7 +12,6 @@ import imagenet_resnet_test as script
 import models
 from data import DataLoader, ImageFiles, load_imagenet
 from data.image_files import MEAN, STD, BadImage, UnreadableFile, draw_part, image_generator
-from data.synthetic import make_images
 from models import pretrained
 from utils.distillation import Distillation
 from utils.errors import UserError
@@ -21,22 +20,6 @@ from utils.torchvision_import import import_torchvision
 
 NAME = "checkpoint.resnet18.pth.tar"
 SIZE = 64
-
-
-@pytest.fixture(scope="session")
-def jpegs(tmp_path_factory) -> Path:
-    """4 classes, 24 training and 16 validation images of several sizes."""
-    root = tmp_path_factory.mktemp("jpegs")
-    for split, count, seed in (("train", 24, 1), ("val", 16, 2)):
-        pixels, labels = make_images(60, seed=seed)
-        chosen = [i for i in range(60) if labels[i] < 4][:count]
-        for i in chosen:
-            folder = root / split / f"n{int(labels[i]):08d}"
-            folder.mkdir(parents=True, exist_ok=True)
-            image = Image.fromarray(pixels[i].permute(1, 2, 0).numpy()).resize((70 + 5 * (i % 4), 64 + 7 * (i % 3)))
-            # As in ImageNet, where some are grey and some CMYK.
-            image.convert(["RGB", "RGB", "L", "CMYK"][i % 4]).save(folder / f"{i:03d}.JPEG", quality=90)
-    return root
 
 
 @pytest.fixture
