@@ -78,7 +78,7 @@ def settle(args: argparse.Namespace, given: set[str], checkpoint: dict | None = 
         given = given | {"data_path"}
     adopt_settings(args, given, checkpoint)
     args.dataset = "imagenet"
-    if args.data_path is None:
+    if not isinstance(args.data_path, str):
         raise UserError(f"name the folder of the images: python {SCRIPT} DATA")
     resolve_recipe(args, given, IMAGENET_RECIPES)
     # The network that is trained; --arch names the teacher when there is an --arch_small.

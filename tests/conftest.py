@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny import NETWORKS, make_teacher, make_tree
 
 import cifar10_resnet_test as script
 import models.registry
+from data.synthetic import make_images
 
 torch.set_num_threads(1)
 
