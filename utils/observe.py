@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -16,20 +17,23 @@ from utils.errors import UserError
 STAGE = re.compile(r"(\w+\.)?(layer|denseblock|block)[1-9]")
 
 
-def observe(net: nn.Module, images: Tensor, on: str) -> tuple[Tensor, list[Tensor]]:
+def observe(forward: Callable, images: Tensor, on: str) -> tuple[Tensor, list[Tensor]]:
     """The logits (B, classes), and what is compared.
 
     Args:
+        forward: the network, or its compiled forward pass, which has it as `net`. What is listened to runs uncompiled: torch.compile
+            does not see listeners that come after it.
         on: "logits"; "feature": [the input (B, width) of the last linear layer]; "stages": [the output (B, width, H, W) of each].
 
     Raises:
         UserError: the network has no such thing.
     """
     if on == "logits":
-        logits = net(images)
+        logits = forward(images)
         return logits, [logits]
+    net = forward if isinstance(forward, nn.Module) else forward.net
     if "return_features" in inspect.signature(net.forward).parameters:
-        logits, features, stages = net(images, return_features=True)
+        logits, features, stages = forward(images, return_features=True)
         return logits, [features] if on == "feature" else list(stages)
     heard: list[Tensor] = []
     if on == "feature":
