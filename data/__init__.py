@@ -3,7 +3,7 @@
 from data.image_files import ImageFiles
 from data.imagenet import load_imagenet
 from data.images import ImageArrays
-from data.loader import DataLoader
+from data.loader import DataLoader, first_images
 from data.sampler import GrowingBatchSampler
 from data.sources import DATASETS, Data, NoData, find_or_download, load
 
@@ -16,6 +16,7 @@ __all__ = [
     "ImageFiles",
     "NoData",
     "find_or_download",
+    "first_images",
     "load",
     "load_imagenet",
 ]

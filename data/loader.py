@@ -189,6 +189,18 @@ def _leave_process_group(worker: int) -> None:
         os.setpgid(0, 0)
 
 
+def first_images(dataset, count: int) -> torch.Tensor:
+    """The first images of a data set of (image, label), (B, C, H, W), B <= count: on this rank alone, and without those that cannot be read.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for images, _ in DataLoader(dataset, count, num_replicas=1, rank=0):
+        if len(images):
+            return images
+    raise ValueError("not one image can be read")
+
+
 def _as_it_is(batch):
     return batch
 

@@ -83,10 +83,7 @@ def process_group(ngpu: int | None, timeout_s: float) -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
     try:
-        if device.type == "cuda":
-            dist.init_process_group("nccl", timeout=timeout, device_id=device)
-        else:
-            dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
         # Of its own on CPUs too: what the hosts say must not wait in line behind gradients.
         _hosts = dist.new_group(backend="gloo", timeout=timeout)
     except (RuntimeError, ValueError) as error:

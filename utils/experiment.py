@@ -276,7 +276,7 @@ def build_objective(
         return cross_entropy, {}
     classes = len(images.classes)
     teacher.to(device, memory_format=torch.channels_last).eval()
-    sample = next(iter(data.DataLoader(images.test, 2, num_replicas=1, rank=0)))[0].to(device)
+    sample = data.first_images(images.test, 2).to(device)
     with torch.no_grad():
         teachers_classes = teacher(sample).shape[1]
     if teachers_classes != classes:

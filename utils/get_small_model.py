@@ -43,7 +43,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save_path", help="folder for what is written (default: the checkpoint's)")
     parser.add_argument("--arch", help="the network, for files that do not name it")
     parser.add_argument("--data", help="data path: compares on its test images, all of them, and prints the accuracy")
-    parser.add_argument("--dataset", choices=data.DATASETS, help="of --data (default: the checkpoint's, or cifar10)")
+    parser.add_argument(
+        "--dataset", choices=[*data.DATASETS, "imagenet"], help="of --data (default: the checkpoint's, or cifar10)"
+    )
     parser.add_argument(
         "--round_to", type=whole_number, default=1, help="fill channels up to a multiple of this (default 1)"
     )
@@ -65,8 +67,8 @@ def main(argv: list[str] | None = None) -> Path:
     shape = tuple(checkpoint.get("input_shape", models.input_shape(arch, checkpoint)))
     test, images = None, None
     if args.data:
-        test = data.load(args.dataset or checkpoint.get("dataset", "cifar10"), args.data, download=False).test
-        images, _ = test.__getitems__(list(range(min(COMPARED, len(test)))))
+        test = load_test_images(args.dataset or checkpoint.get("dataset", "cifar10"), args.data, shape[1])
+        images = data.first_images(test, COMPARED)
     small, report = make_small(net, torch.zeros(1, *shape), images, round_to=args.round_to)
     path, facts = write_small(
         net, small, report, arch, shape, folder, checkpoint=checkpoint, overwrites=Path(args.checkpoint)
@@ -78,6 +80,13 @@ def main(argv: list[str] | None = None) -> Path:
     if args.export:
         print(f"written: {export(small, torch.zeros(2, *shape), path, args.export)}")
     return path
+
+
+def load_test_images(dataset: str, path: str, size: int):
+    """The test images of a data set; `size` is the height and width that ImageNet's are scaled to."""
+    if dataset == "imagenet":
+        return data.load_imagenet(path, size=size).test
+    return data.load(dataset, path, download=False).test
 
 
 def write_small(
@@ -158,14 +167,14 @@ def table(arch: str, facts: dict, report: Report) -> str:
 
 
 @torch.no_grad()
-def compare_predictions(net: nn.Module, small: nn.Module, test: data.ImageArrays) -> str:
+def compare_predictions(net: nn.Module, small: nn.Module, test: data.ImageArrays | data.ImageFiles) -> str:
     """Accuracy of both and how many predictions agree, over a whole test set, in one line."""
-    same, hits = 0, [0, 0]
+    n, same, hits = 0, 0, [0, 0]
     for images, labels in data.DataLoader(test, EVALUATION_BATCH):
         before, after = net(images).argmax(1), small(images).argmax(1)
         same += int((before == after).sum())
         hits = [hits[0] + int((before == labels).sum()), hits[1] + int((after == labels).sum())]
-    n = len(test)
+        n += len(labels)
     return f"{n} test images: {same} predictions agree; accuracy {100 * hits[0] / n:.2f} % before, {100 * hits[1] / n:.2f} % after"
 
 

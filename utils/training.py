@@ -330,22 +330,18 @@ class Training:
                     "they were; BatchNorm's statistics and dropout depend on how a mini-batch is split"
                 )
 
-    def _test_images(self, count: int) -> torch.Tensor:
-        """The first test images that can be read, `count` or fewer, on this rank alone."""
-        loader = data.DataLoader(self.test_loader.dataset, count, num_replicas=1, rank=0)
-        return next(images for images, _ in loader if len(images))
-
     def count_network(self) -> dict[str, int]:
         """What results.json says of the network that was trained, its zeroed filters included."""
-        net, images = copy.deepcopy(self.net).cpu(), self._test_images(2).cpu()[:1]
+        net, images = copy.deepcopy(self.net).cpu(), data.first_images(self.test_loader.dataset, 2).cpu()[:1]
         macs = sum(multiply_adds(net, images).values())
         return {"multiply_adds": macs, "parameters": sum(p.numel() for p in net.parameters())}
 
     def write_small(self) -> dict:
         """Cuts the zeroed filters out and writes small.<arch>.pth.tar; what results.json says of it."""
+        test_images = self.test_loader.dataset
         # As many pixels as there are in so many CIFAR images: a large network would be compared for minutes.
-        pixels = self._test_images(2)[0, 0].numel()
-        images = self._test_images(max(16, COMPARED * 32 * 32 // pixels)).cpu().contiguous()
+        pixels = data.first_images(test_images, 2)[0, 0].numel()
+        images = data.first_images(test_images, max(16, COMPARED * 32 * 32 // pixels)).cpu().contiguous()
         masked = plain_batchnorm(copy.deepcopy(self.net)).cpu().eval()
         try:
             small, report = make_small(masked, images[:1], images)
