@@ -20,12 +20,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.augment import normalise
+from data.image_size import check_declared_size
 from utils.errors import UserError
 from utils.torchvision_import import import_torchvision
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 ON_BAD_IMAGE = ("skip", "stop")
+# Of test images before their centre is cut out, for the largest --image_size.
+LARGEST_SHORTER_SIDE = 1170
 
 # ImageNet has hundreds of files whose camera data is odd and whose pixels are fine.
 warnings.filterwarnings("ignore", message="(Possibly c|C)orrupt EXIF data", category=UserWarning)
@@ -155,6 +158,7 @@ def read_rgb(path: str) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
+            check_declared_size(image, LARGEST_SHORTER_SIDE)
             if image.mode.startswith("I;16"):
                 # Pillow's own conversion clips 16-bit grey at 255.
                 return Image.fromarray((np.array(image) >> 8).astype(np.uint8)).convert("RGB")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -205,8 +205,11 @@ def observed(training, objective):
     if hasattr(objective, "no_sync"):
         watched.no_sync = objective.no_sync
 
+    # A compiled network would not run the hooks. torch before 2.6 cannot be told so for a while: there the weights tell.
+    uncompiled = getattr(torch.compiler, "set_stance", None)
     try:
-        yield watched, found
+        with uncompiled("force_eager") if uncompiled else nullcontext():
+            yield watched, found
     finally:
         for handle in handles:
             handle.remove()
