@@ -28,6 +28,7 @@ VARIANTS = {
     "l1": dict(norm=1),
     "element": dict(v=0.1, unit="element"),
     "tiny-v": dict(v=1e-9),
+    "no-regrow": dict(v=0.1, regrow=False),
 }
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
