@@ -96,6 +96,10 @@ def user_cache_folder() -> Path | None:
 def load(path: Path, mark: str, size: int) -> Arrays | None:
     """The arrays in a cache file; None where it is absent, damaged, or of another fingerprint."""
     try:
+        # Uncompressed, as `save` writes it: a small file must not unpack to a large one.
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                return None
         # zipfile compares the checksum of every array that is read to its end.
         with np.load(path, allow_pickle=False) as stored:
             if str(stored["fingerprint"]) != mark:

@@ -48,7 +48,10 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(lab, plain, whole, tmp_path
     assert differences(tmp_path / "out", whole) == []
 
 
-@pytest.mark.parametrize(("signum", "point", "count"), [(signal.SIGTERM, "step", 5), (signal.SIGINT, "test batch", 2)])
+@pytest.mark.parametrize(
+    ("signum", "point", "count"),
+    [(signal.SIGTERM, "step", 5), (signal.SIGINT, "test batch", 2), (signal.SIGTERM, "small network", 1)],
+)
 def test_a_stopped_run_says_how_to_continue(lab, plain, whole, tmp_path, signum, point, count):
     stopped = lab.run(tmp_path, plain, point=point, count=count, signum=signum)
     assert stopped.statuses == [128 + signum]

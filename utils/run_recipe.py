@@ -18,6 +18,7 @@ from utils.device import choose_device
 from utils.errors import UserError, run_main
 from utils.recipes import RECIPES
 from utils.run_folder import RUNS
+from utils.signals import Stopped
 
 SHORT_EPOCHS = 5
 TEACHER, STUDENT = "resnet56", "resnet20"
@@ -74,7 +75,11 @@ def main() -> None:
     flags += choose_data(parser.parse_args(flags), flags)
     flags += short_run(parser.parse_args(flags), flags)
     if distils:
-        distil_and_compare(flags)
+        try:
+            distil_and_compare(flags)
+        except Stopped as stopped:
+            # Of the runs that make up the recipe those that are done are found again.
+            raise Stopped(stopped.signum, stopped.saved, shlex.join(["bash", "run_cifar.sh", *sys.argv[1:]])) from None
     else:
         run(flags)
 

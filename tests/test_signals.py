@@ -1,0 +1,78 @@
+"""When a signal stops what, and which command line continues. Whole runs are stopped in test_crashes.py."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from utils import signals
+from utils.errors import run_main
+from utils.resume import resume_command
+from utils.run_lock import RunLock, check_free
+from utils.signals import Stopped, StopRequest
+
+
+def test_at_once_or_when_asked():
+    stop = StopRequest()
+    with pytest.raises(Stopped), stop.handled():
+        signal.raise_signal(signal.SIGTERM)
+    with stop.handled(), stop.deferred():
+        assert stop.pending() == 0
+        signal.raise_signal(signal.SIGINT)
+        assert stop.pending() == signal.SIGINT
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_the_same_request_twice_is_one_and_a_second_one_ends_the_process(monkeypatch):
+    stop, ended = StopRequest(), []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with stop.handled(), stop.deferred():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert not ended
+        monkeypatch.setattr(signals, "SAME_REQUEST_SECONDS", -1.0)
+        signal.raise_signal(signal.SIGTERM)
+    assert ended == [143]
+
+
+def test_the_largest_signal_of_all_ranks_counts_when_it_is_known():
+    stop, late = StopRequest(), [0, 0, 15, 0]
+    stop.reduce = lambda own: late.pop(0)
+    assert [stop.pending() for _ in range(4)] == [0, 0, 15, 15]
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_exit_status_and_last_words(signum, status, capsys):
+    def main():
+        raise Stopped(signum, "'x' holds 1 of 2 epochs", "python script.py --resume x")
+
+    with pytest.raises(SystemExit) as caught:
+        run_main(main)
+    assert caught.value.code == status
+    assert "'x' holds 1 of 2 epochs; this continues the run:\npython script.py --resume x" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["--resume", "old file"], ["--resume=old"], []])
+def test_the_command_that_continues_names_the_new_file_once(given):
+    line = resume_command(
+        "s.py", ["data dir", *given, "--epochs", "3"], "out/a b.tar", ["torchrun", "--nproc_per_node", "2"]
+    )
+    assert line == "torchrun --nproc_per_node 2 s.py 'data dir' --epochs 3 --resume 'out/a b.tar'"
+
+
+def test_a_lock_dies_with_its_process_however_that_ended(tmp_path):
+    code = f"from pathlib import Path; from utils.run_lock import RunLock; lock = RunLock(Path({str(tmp_path)!r})); print(1, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        for lock in (check_free, RunLock):
+            with pytest.raises(Exception, match=f"in use by process {holder.pid} on"):
+                lock(tmp_path)
+        holder.kill()
+    check_free(tmp_path)
+    lock = RunLock(tmp_path)
+    with pytest.raises(Exception, match="this one"):
+        RunLock(tmp_path)
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
