@@ -10,15 +10,15 @@ import pytest
 from scipy import stats
 
 from utils import compare_tables
-from utils.compare_rows import make_rows
 from utils.compare_tables import RESULTS, ROOT, main, readme_block, replace_block, report
 from utils.counts import papers_cut
 from utils.errors import UserError
-from utils.method_order import order
-from utils.own_runs import find_runs, group_runs
-from utils.published import published_baseline, read_published
 from utils.recipes import RECIPES
-from utils.seed_statistics import half_width_of_difference, summarise
+from utils.tables.order import order
+from utils.tables.own_runs import find_runs, group_runs
+from utils.tables.published import published_baseline, read_published
+from utils.tables.rows import make_rows
+from utils.tables.statistics import half_width_of_difference, summarise
 
 WHOLE = {"multiply_adds": 40_551_040, "parameters": 269_722}
 

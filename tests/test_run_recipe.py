@@ -13,7 +13,7 @@ import data
 from utils import run_recipe
 from utils.compare_tables import comparison_line
 from utils.errors import UserError
-from utils.published import published_rows
+from utils.tables.published import published_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 import cifar10_resnet_test as script
-from utils import side_by_side, table, table_hours
+from utils import table
 from utils.errors import UserError
-from utils.own_runs import find_runs
-from utils.side_by_side import SideBySide
-from utils.table_hours import Speed
-from utils.table_plan import METHODS, make_plan, state
+from utils.tables import hours, side_by_side
+from utils.tables.hours import Speed
+from utils.tables.own_runs import find_runs
+from utils.tables.plan import METHODS, make_plan, state
+from utils.tables.side_by_side import SideBySide
 
 # Behaves as the training script does towards the table, in a few milliseconds: FAIL and SLEEP name parts of folders.
 FAKE = """
@@ -277,7 +278,7 @@ def test_a_child_that_does_not_stop_is_killed(plan, fake, monkeypatch):
 
 def test_the_dry_run_prints_the_plan_with_hours_and_starts_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(table_hours, "calibrate", lambda row, threads: Speed(100.0, "calibrated"))
+    monkeypatch.setattr(hours, "calibrate", lambda row, threads: Speed(100.0, "calibrated"))
     flags = "--dataset synthetic --epochs 36 --seeds 1 2 --methods baseline --nets resnet44 --jobs 2 --dry_run"
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     table.main(flags.split())
@@ -289,12 +290,12 @@ def test_the_dry_run_prints_the_plan_with_hours_and_starts_nothing(tmp_path, mon
 
 
 def test_a_calibration_measures_the_rows_own_kind(plan):
-    table_hours.CALIBRATION_SECONDS, before = 0.01, table_hours.CALIBRATION_SECONDS
+    hours.CALIBRATION_SECONDS, before = 0.01, hours.CALIBRATION_SECONDS
     try:
         for row in plan("--batch_size", "8", methods=("prune",)):
-            assert table_hours.calibrate(row, 1).images_per_s > 1
+            assert hours.calibrate(row, 1).images_per_s > 1
     finally:
-        table_hours.CALIBRATION_SECONDS = before
+        hours.CALIBRATION_SECONDS = before
 
 
 def test_finished_runs_of_a_like_machine_give_the_speed(tmp_path, plan):
@@ -304,11 +305,11 @@ def test_finished_runs_of_a_like_machine_give_the_speed(tmp_path, plan):
     committed = Path(script.__file__).parent / "results/cpu-10-epochs/prune"
     results = json.loads((committed / "results.json").read_text())
     (folder / "metrics.csv").write_text("epoch,images_per_s\n0,100\n1,300\n2,200\n")
-    speeds = table_hours.Speeds([tmp_path / "runs"], 2)
-    machine = table_hours.describe_machine(table_hours.choose_device(None))
+    speeds = hours.Speeds([tmp_path / "runs"], 2)
+    machine = hours.describe_machine(hours.choose_device(None))
     for threads, expected in ((2, {row: 200.0}), (1, {})):
         (folder / "results.json").write_text(json.dumps({**results, "machine": {**machine, "threads": threads}}))
-        found = table_hours.measured_speeds([tmp_path / "runs"], table_hours.choose_device(None), 2)
+        found = hours.measured_speeds([tmp_path / "runs"], hours.choose_device(None), 2)
         assert [speed.images_per_s for speed in found.values()] == list(expected.values())
         if found:
             assert speeds.of(row).images_per_s == 200.0 and "measured in" in speeds.of(row).source
@@ -317,7 +318,7 @@ def test_finished_runs_of_a_like_machine_give_the_speed(tmp_path, plan):
 def test_a_small_table_on_images_fills_and_is_compared(tree, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    monkeypatch.setattr(table_hours, "calibrate", lambda row, threads: Speed(100.0, "calibrated"))
+    monkeypatch.setattr(hours, "calibrate", lambda row, threads: Speed(100.0, "calibrated"))
     flags = [str(tree), "--epochs", "1", "--batch_size", "16", "--seeds", "1", "--methods", "prune", "--jobs", "2"]
     table.main([*flags, "--progress", "1"])
     out = capsys.readouterr().out

@@ -17,16 +17,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.accuracy_picture import draw_accuracy
-from utils.compare_rows import against_published, make_rows, own_row
 from utils.errors import UserError, run_main
 from utils.files import replace_file
-from utils.method_order import order
 from utils.options import OneLineParser
-from utils.own_runs import ROOT, find_runs, group_runs, init, not_comparable, odd_data, show_path
-from utils.published import published_rows, read_published
 from utils.run_folder import RUNS
-from utils.table_formats import FORMATS, markdown_table, with_interval
+from utils.tables.formats import FORMATS, markdown_table, with_interval
+from utils.tables.order import order
+from utils.tables.own_runs import ROOT, find_runs, group_runs, init, not_comparable, odd_data, show_path
+from utils.tables.picture import draw_accuracy
+from utils.tables.published import published_rows, read_published
+from utils.tables.rows import against_published, make_rows, own_row
 
 RESULTS = ROOT / "results"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"

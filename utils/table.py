@@ -30,9 +30,9 @@ from utils.options import count, pruned_rate, seed_number
 from utils.progress import format_seconds
 from utils.run_folder import RUNS
 from utils.run_recipe import choose_data, short_run, without
-from utils.side_by_side import SideBySide
-from utils.table_hours import Speeds, cost_share, count_images, seconds_per_epoch
-from utils.table_plan import METHODS, Row, make_plan, state
+from utils.tables.hours import Speeds, cost_share, count_images, seconds_per_epoch
+from utils.tables.plan import METHODS, Row, make_plan, state
+from utils.tables.side_by_side import SideBySide
 
 # Flags of the training script that the table sets for every row.
 SET_HERE = (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from utils.errors import UserError
 
-PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published.csv"
+PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "published.csv"
 INITS = ("scratch", "pretrained")
 
 

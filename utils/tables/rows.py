@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from utils.method_order import with_spread
-from utils.own_runs import Group, init
-from utils.published import Published, published_baseline, published_rows
+from utils.tables.order import with_spread
+from utils.tables.own_runs import Group, init
+from utils.tables.published import Published, published_baseline, published_rows
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from matplotlib import pyplot as plt
 
 from utils.errors import UserError
 from utils.files import replace_file
-from utils.own_runs import Group, odd_data
-from utils.published import Published
+from utils.tables.own_runs import Group, odd_data
+from utils.tables.published import Published
 
 # Distance of two labels, as a share of the panel's height.
 LABEL_GAP = 0.055

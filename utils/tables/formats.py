@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from itertools import groupby
 
-from utils.compare_rows import Row
+from utils.tables.rows import Row
 
 LEGEND = (
     "top-1 in %: published as printed, which in this line of papers is the best epoch on the test set; own: the last epoch's, mean over seeds, "

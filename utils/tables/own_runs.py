@@ -16,10 +16,10 @@ from pathlib import Path
 from utils.options import OneLineParser, add_training_options
 from utils.recipes import fit_schedule, recipes_of
 from utils.resume import SAME_RUN
-from utils.run_costs import Costs, run_costs
-from utils.seed_statistics import Summary, summarise
+from utils.tables.run_costs import Costs, run_costs
+from utils.tables.statistics import Summary, summarise
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Training and test images that the published figures stand on.
 FULL_SIZES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "imagenet": (1_281_167, 50_000)}
 # Settings that make two runs comparable in length, whatever their method.

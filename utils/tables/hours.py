@@ -23,8 +23,8 @@ from utils.distillation import Distillation
 from utils.engine import train_epoch
 from utils.experiment import build_optimizer
 from utils.objective import cross_entropy
-from utils.own_runs import FULL_SIZES, Damaged, read_run, show_path
-from utils.table_plan import METHODS, Row
+from utils.tables.own_runs import FULL_SIZES, Damaged, read_run, show_path
+from utils.tables.plan import METHODS, Row
 
 CALIBRATION_SECONDS = 1.5
 # Testing an image is a forward pass, training it a forward and a backward pass of about twice its cost.

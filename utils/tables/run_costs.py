@@ -47,7 +47,7 @@ def run_costs(results: dict) -> Costs:
     its kept filters.
 
     Args:
-        results: a checked results.json, see utils.own_runs.
+        results: a checked results.json, see utils.tables.own_runs.
     """
     settings, arch, rate = results["settings"], results["arch"], results["HTrate"]
     classes, head = results.get("num_classes", 10), settings.get("head_width")
@@ -114,7 +114,7 @@ def _count(net: nn.Module, arch: str) -> tuple[int, int]:
 
 def _costs_of_file(file: str) -> dict[str, int] | None:
     """Costs of the network in a small network's file, None where it is no longer there."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     for path in (Path(file), root / file):
         if path.is_file():
             arch, net = models.load_with_name(path)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from itertools import combinations
 
-from utils.own_runs import Group, odd_data
-from utils.published import Published
-from utils.seed_statistics import half_width_from_test_images, half_width_of_difference
+from utils.tables.own_runs import Group, odd_data
+from utils.tables.published import Published
+from utils.tables.statistics import half_width_from_test_images, half_width_of_difference
 
 # Relative difference of training multiply-adds that still counts as equal: epochs are whole.
 EQUAL_COST = 0.06

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.own_runs import ROOT
-from utils.table_plan import Row, state
+from utils.tables.own_runs import ROOT
+from utils.tables.plan import Row, state
 
 TRAIN = (sys.executable, str(ROOT / "cifar10_resnet_test.py"))
 CONSOLE = "console.txt"
@@ -37,7 +37,7 @@ class SideBySide:
     """Runs every row that is not done yet, as soon as what it needs is done. A row that fails does not stop the others.
 
     Attributes:
-        rows: of utils.table_plan.make_plan.
+        rows: of utils.tables.plan.make_plan.
         jobs: processes at a time.
         threads: CPU threads of each.
         report: gets a line for every row that begins or ends.

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import cifar10_resnet_test as script
 from utils.errors import UserError
-from utils.own_runs import Damaged, read_run
 from utils.recipes import RECIPES, fit_schedule
 from utils.resume import SAME_RUN
 from utils.run_recipe import without
+from utils.tables.own_runs import Damaged, read_run
 
 
 @dataclass(frozen=True)
