@@ -108,7 +108,9 @@ def build(arch: str) -> torch.nn.Module:
     return models.build(arch) if arch in models.REGISTRY else models.build_torchvision(arch, 1000)
 
 
-def one_process(rank: int, processes: int, port: int, case: tuple[str, int, int], steps: int, folder: str) -> None:
+def one_process(
+    rank: int, processes: int, port: int, case: tuple[str, int, int], steps: int, folder: str, exchanges_gradients: bool
+) -> None:
     """Trains `steps` steps as one of several processes; rank 0 writes the seconds of each."""
     torch.set_num_threads(1)
     flush_denormals()
@@ -124,7 +126,7 @@ def one_process(rank: int, processes: int, port: int, case: tuple[str, int, int]
         images = torch.randn(share, 3, size, size, generator=generator).to(memory_format=torch.channels_last)
         labels = torch.randint(0, 10, (share,), generator=generator)
         optimizer = AHSG_HT(net.parameters(), lr=0.01, momentum=0.9, v=0.1, HTrate=0.7)
-        objective = distributed.ParallelObjective(net, cross_entropy, device) if processes > 1 else cross_entropy
+        objective = distributed.ParallelObjective(net, cross_entropy, device) if exchanges_gradients else cross_entropy
         means, seconds = RunningMeans(device), []
         for t in range(steps + 2):
             begin = time.perf_counter()
@@ -141,12 +143,13 @@ def one_process(rank: int, processes: int, port: int, case: tuple[str, int, int]
             Path(folder, "report.json").write_text(json.dumps(report))
 
 
-def measure(case: tuple[str, int, int], processes: int, steps: int) -> dict:
+def measure(case: tuple[str, int, int], processes: int, steps: int, exchanges_gradients: bool) -> dict:
+    """Median seconds of a step. Without an exchange the processes only run side by side: what the machine itself allows."""
     with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        mp.spawn(one_process, (processes, port, case, steps, folder), nprocs=processes)
+        mp.spawn(one_process, (processes, port, case, steps, folder, exchanges_gradients), nprocs=processes)
         report = json.loads(Path(folder, "report.json").read_text())
     step = statistics.median(report["seconds"])
     return {
@@ -154,12 +157,17 @@ def measure(case: tuple[str, int, int], processes: int, steps: int) -> dict:
         "image_size": case[1],
         "batch": case[2],
         "processes": processes,
+        "exchanges_gradients": exchanges_gradients,
         "step_s": step,
         "step_s_all": report["seconds"],
         "exchange_s": statistics.median(report["exchange"]) if report["exchange"] else 0.0,
         "bytes_per_step": 4 * report["parameters"],
         "images_per_s": case[2] / step,
     }
+
+
+def apart(row: dict) -> str:
+    return "" if row["exchanges_gradients"] or row["processes"] == 1 else ", no exchange"
 
 
 def format_measured(rows: list[dict]) -> str:
@@ -171,7 +179,7 @@ def format_measured(rows: list[dict]) -> str:
     for row in rows:
         ratio = f"{row['images_per_s'] / alone[row['arch']]:.2f}" if row["arch"] in alone else ""
         lines.append(
-            f"| {row['arch']} | {row['image_size']}x{row['image_size']} | {row['batch']} | {row['processes']} | {1000 * row['step_s']:.0f} ms | "
+            f"| {row['arch']} | {row['image_size']}x{row['image_size']} | {row['batch']} | {row['processes']}{apart(row)} | {1000 * row['step_s']:.0f} ms | "
             f"{row['images_per_s']:.1f} | {ratio} | {row['bytes_per_step'] / 1e6:.1f} MB | {1000 * row['exchange_s']:.1f} ms |"
         )
     return "\n".join(lines)
@@ -209,7 +217,9 @@ def main(argv: list[str] | None = None) -> None:
     machine = Machine(images_per_s=args.gpu_images_per_s)
     rows = []
     for case in () if args.model_only else CASES:
-        rows += [measure(case, processes, args.steps) for processes in args.processes]
+        for processes in args.processes:
+            for exchanges_gradients in (True, False) if processes > 1 else (False,):
+                rows.append(measure(case, processes, args.steps, exchanges_gradients))
     parameters = sum(p.numel() for p in build("resnet50").parameters())
     model = model_table(machine, parameters)
     text = "\n\n".join([*([format_measured(rows)] if rows else []), format_model(machine, model)])

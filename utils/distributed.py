@@ -10,6 +10,7 @@ CPU: gloo. GPU: nccl, and a gloo group beside it for what the hosts tell each ot
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -27,6 +28,12 @@ from utils.errors import UserError
 
 T = TypeVar("T")
 
+# What DistributedDataParallel calls the copying of rank 0's buffers before every forward pass: a newer and an older name.
+SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 # Of the CPU: what hosts exchange. None for a single process.
 _hosts: dist.ProcessGroup | None = None
 
@@ -203,9 +210,9 @@ class ParallelObjective:
         self.module = DistributedDataParallel(
             _NetworkAndObjective(net, objective),
             device_ids=[device] if device.type == "cuda" else None,
-            # Each rank's BatchNorm keeps its own running statistics; `average_batchnorm` brings them together.
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            # Each rank's BatchNorm keeps its own running statistics; `average_batchnorm` brings them together.
+            **{SYNC_BUFFERS: False},
         )
 
     @property
