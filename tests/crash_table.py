@@ -41,7 +41,8 @@ def killed_once(lab, folder, argv, ranks, whole, delay, signum) -> tuple[str, li
         return "after its end", differences(folder / "out", whole)
     problems = []
     if signum == signal.SIGTERM:
-        if any(s != 128 + signum for s in run.statuses):
+        # One rank may have reached the end before the signal came.
+        if any(s not in (128 + signum, 0) for s in run.statuses):
             problems.append(f"statuses {run.statuses}: {run.text('stderr')[-300:]}")
         again = resume_argv(run.text("stderr")) or again
     elif any(s != -signum for s in run.statuses):

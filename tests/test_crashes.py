@@ -65,7 +65,7 @@ def test_a_stopped_run_says_how_to_continue(lab, plain, whole, tmp_path, signum,
 def test_a_signal_to_one_rank_stops_all_after_the_same_mini_batch(lab, plain, tmp_path):
     whole = lab.run(tmp_path / "whole", plain, ranks=2)
     assert whole.statuses == [0, 0], whole.text("stderr")
-    stopped = lab.run(tmp_path / "part", plain, ranks=2, point="step", count=4, signum=signal.SIGTERM)
+    stopped = lab.run(tmp_path / "part", plain, ranks=2, point="step", count=5, signum=signal.SIGTERM)
     assert stopped.statuses == [143, 143], stopped.text("stderr")
     resumed = lab.run(tmp_path / "part", [*plain, "--resume", "auto"], ranks=2)
     assert resumed.statuses == [0, 0], resumed.text("stderr")

@@ -194,7 +194,9 @@ class Training:
                 self.position = t + 1
                 is_last = t + 1 == steps
                 is_due = args.save_every is not None and (t + 1) % args.save_every == 0 and not is_last
-                stops = stop.pending()
+                # After the last mini-batch the ranks bring BatchNorm together first; the test pass stops then.
+                signum = stop.pending()
+                stops = 0 if is_last else signum
                 if is_last or is_due or stops or progress.is_due(t):
                     watch.check(t, means, thorough=bool(is_last or is_due or stops))
                 progress.on_step(t, size, means)
