@@ -73,6 +73,7 @@ class AHSG_HT(Optimizer):
     Raises:
         ValueError: an argument out of its range, named with its value, or a layer of which nothing would be kept.
         RuntimeError: a sparse gradient.
+        Both come before any parameter is changed.
     """
 
     def __init__(
@@ -173,13 +174,20 @@ class AHSG_HT(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if any(p.grad is not None and p.grad.is_sparse for group in self.param_groups for p in group["params"]):
-            raise RuntimeError("AHSG_HT does not support sparse gradients; use sparse=False in the embedding")
+        work = []  # complete before anything is updated: what is refused leaves every parameter as it was
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            weights, alive = ([], []) if group["regrow"] else _alive_units(group)
+            if any(p.grad.is_sparse for p in params):
+                raise RuntimeError("AHSG_HT does not support sparse gradients; use sparse=False in the embedding")
+            _check_thresholding(group)
+            jobs = {}
+            if final or group["heavy_ball"] == "released":
+                jobs = _threshold_jobs(group["params"], group["HTrate"], group["unit"], only_with_grad=True)
+            work.append((group, params, jobs))
+        for group, params, jobs in work:
+            weights, alive = ([], []) if group["regrow"] else _alive_units(params, group["unit"])
             for block in _update_blocks(params):
                 directions, are_scratch = self._sgd_directions(block, group)
                 if group["heavy_ball"] == "paper":
@@ -188,10 +196,7 @@ class AHSG_HT(Optimizer):
                     self._released_update(block, directions, group)
             if weights:
                 torch._foreach_mul_(weights, alive)
-            if final or group["heavy_ball"] == "released":
-                hard_threshold(
-                    group["params"], group["HTrate"], norm=group["norm"], unit=group["unit"], only_with_grad=True
-                )
+            _threshold(jobs, group["norm"], group["unit"])
         return loss
 
     def _sgd_directions(self, params: list[Tensor], group: dict) -> tuple[list[Tensor], bool]:
@@ -281,11 +286,10 @@ def _update_blocks(params: list[Tensor]) -> list[list[Tensor]]:
     return blocks
 
 
-def _alive_units(group: dict) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights of a group that are thresholded, and for each a factor that broadcasts over it: 0 where a unit is zero, 1 elsewhere."""
-    jobs = _threshold_jobs(group["params"], group["HTrate"], group["unit"], only_with_grad=True)
-    weights = [weight for same in jobs.values() for weight, _, _ in same]
-    if group["unit"] == "element":
+def _alive_units(params: list[Tensor], unit: str) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors that hold units, and for each a factor that broadcasts over it: 0 where a unit is zero, 1 elsewhere."""
+    weights = [p for p in params if (unit == "element" or p.dim() == 4) and p.numel()]
+    if unit == "element":
         return weights, [(w != 0).to(w.dtype) for w in weights]
     return weights, [(w != 0).amax(dim=(1, 2, 3), keepdim=True).to(w.dtype) for w in weights]
 
@@ -350,12 +354,17 @@ def hard_threshold(
         unit: "filter" or "element", as in AHSG_HT.
         only_with_grad: leave out what has no gradient. `params` must name it all the same, or a filter's BatchNorm is not found.
     """
+    _threshold(_threshold_jobs(params, HTrate, unit, only_with_grad), norm, unit)
+
+
+def _threshold(jobs: dict, norm: int, unit: str) -> None:
+    """H on what _threshold_jobs found."""
     additives, rows = [], []
-    for (_, _, device), jobs in _threshold_jobs(params, HTrate, unit, only_with_grad).items():
+    for (_, _, device), same in jobs.items():
         # A CPU pays for memory traffic, a GPU per kernel.
         threshold = _threshold_in_place if device.type == "cpu" else _threshold_stacked
-        masks = threshold([weight for weight, _, _ in jobs], jobs[0][2], norm, unit)
-        for (_, found, _), row in zip(jobs, masks, strict=True):
+        masks = threshold([weight for weight, _, _ in same], same[0][2], norm, unit)
+        for (_, found, _), row in zip(same, masks, strict=True):
             additives += found
             rows += [row] * len(found)
     if additives:
@@ -441,12 +450,17 @@ def _check_options(group: dict) -> None:
             raise ValueError(f"{name} must be a finite number >= 0, got {group[name]!r}")
     if not isinstance(group["dampening"], (int, float)) or not math.isfinite(group["dampening"]):
         raise ValueError(f"dampening must be a finite number, got {group['dampening']!r}")
-    if not isinstance(group["HTrate"], (int, float)) or not 0 < group["HTrate"] <= 1:
-        raise ValueError(f"HTrate is the share of filters kept and must be in (0, 1], got {group['HTrate']!r}")
     if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
         raise ValueError(
             f"nesterov needs momentum > 0 and dampening 0, got momentum={group['momentum']!r} and dampening={group['dampening']!r}"
         )
+    _check_thresholding(group)
+
+
+def _check_thresholding(group: dict) -> None:
+    """The options that would change silently what a step does; a schedule may have set them."""
+    if not isinstance(group["HTrate"], (int, float)) or not 0 < group["HTrate"] <= 1:
+        raise ValueError(f"HTrate is the share of filters kept and must be in (0, 1], got {group['HTrate']!r}")
     for name, allowed in (("heavy_ball", HEAVY_BALLS), ("norm", NORMS), ("unit", UNITS)):
         if group[name] not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {group[name]!r}")

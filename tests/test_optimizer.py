@@ -988,6 +988,48 @@ def test_an_empty_parameter_is_no_layer():
     assert full.tolist() == [1, 1, 0, 0]
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(HTrate=1.5),
+        dict(HTrate=0.1),  # of seven filters it would keep none
+        dict(HTrate=float("nan")),
+        dict(heavy_ball="polyak"),
+        dict(norm=3),
+        dict(unit="channel"),
+        dict(regrow=1),
+    ],
+    ids=bad_id,
+)
+def test_a_bad_value_from_a_schedule_stops_the_step_before_any_update(bad):
+    params = small_params()
+    optimizer = AHSG_HT([dict(params=params[4:]), dict(params=params[:4])], **RECIPE)
+    train(params, optimizer, draw_gradients(params, 2))
+    before, state_before = snapshot(params), copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.param_groups[1].update(bad)
+    with pytest.raises(ValueError, match=naming(bad)):
+        optimizer.step()
+    assert same_bits(params, before)
+    assert same_bits(tensors_in(optimizer.state_dict()["state"]), tensors_in(state_before))
+
+
+@pytest.mark.parametrize("ranking", [dict(), dict(unit="element")], ids=["filter", "element"])
+@pytest.mark.parametrize("HTrate", [1, 0.7])
+def test_without_regrow_what_is_zero_stays_zero_at_any_rate(HTrate, ranking):
+    """As it does in the naive reference, H or not."""
+    params = small_params(dtype=torch.float64)
+    with torch.no_grad():
+        params[0][:5] = 0
+    recipe = RECIPE | dict(HTrate=HTrate, regrow=False) | ranking
+    optimizer, naive = AHSG_HT(params, **recipe), NaiveAHSG(params, **recipe)
+    for gradients in draw_gradients(params, 3):
+        train(params, optimizer, [gradients])
+        naive.step(gradients)
+        for p, x in zip(params, naive.x, strict=True):
+            torch.testing.assert_close(p.detach(), x, rtol=1e-12, atol=1e-12)
+    assert not params[0][:5].any()
+
+
 def test_a_sparse_gradient_in_a_later_group_stops_the_step_before_any_update():
     first, second = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
     first.grad, second.grad = torch.ones(3), torch.ones(3).to_sparse()
