@@ -182,6 +182,7 @@ def test_a_libsvm_file_of_more_labels_is_softmax_regression(tmp_path):
         ("1 1:1\n-1 2:nan\n", "line 2.*nan"),
         ("", "no features"),
         ("1\n-1\n", "no features"),
+        ("1 1:0\n-1 2:0\n", "none that is not 0"),
         ("1 1:1\n1 2:1\n", "1 different label"),
         ("".join(f"{i}.5 1:1\n" for i in range(300)), "no classes"),
         ("1 1:1\n-1 99999999999999999999999:1\n", "makes no matrix"),
@@ -361,6 +362,9 @@ def test_what_departs_from_the_papers_order_is_named():
         (["--growth", "1"], "--growth"),
         (["--v", "1"], "--v"),
         (["--batch_size", "0"], "--batch_size"),
+        (["--seed", "-1"], "--seed"),
+        (["--problem", "mnist", "mnist.scale"], "2 of them would write mnist.json"),
+        (["--problem", "a/train.svm", "b/train.svm"], "2 of them would write train.json"),
     ],
 )
 def test_paper_convex_refuses_bad_flags_by_name(flags, message, tmp_path):
@@ -375,6 +379,30 @@ def test_more_entries_than_features_are_refused(tmp_path):
         paper_convex.main(["--problem", str(path), "--k", "3", "--save_path", str(tmp_path)])
     with pytest.raises(UserError, match=r"--batch_size 64: .*toy.svm has 2 samples"):
         paper_convex.main(["--problem", str(path), "--k", "2", "--save_path", str(tmp_path)])
+
+
+def test_a_file_with_the_name_of_a_made_problem_is_not_called_synthetic(tmp_path, monkeypatch):
+    path = tmp_path / "mnist.scale"
+    path.write_text("1 1:1\n-1 1:-2\n1 1:3\n")
+    monkeypatch.setattr(paper_convex, "LR_GRID", (1.0,))
+    flags = ["--k", "1", "--passes", "1", "--batch_size", "1", "--save_path", str(tmp_path / "out")]
+    result = paper_convex.main(["--problem", str(path), *flags])[0]
+    assert result["problem"] == "mnist" and result["synthetic"] is False
+    assert mnist_like(0, samples=20).synthetic
+
+
+@pytest.mark.parametrize("shape", [(60, 1), (1, 12), (2, 12)])
+@pytest.mark.parametrize("sparse_features", [False, True])
+def test_smoothness_of_narrow_data_is_that_of_its_largest_singular_value(shape, sparse_features):
+    matrix = np.random.default_rng(0).standard_normal(shape)
+    problem = Problem("narrow", sparse.csr_array(matrix) if sparse_features else matrix, np.ones(shape[0]), penalty=0.5)
+    assert problem.smoothness() == pytest.approx(0.25 * np.linalg.norm(matrix, 2) ** 2 / shape[0] + 0.5)
+
+
+def test_features_too_large_for_a_singular_value_end_in_one_clear_line():
+    matrix = np.array([[1e200, 3.0, 0.0], [2.0, 1.0, 1.0], [0.0, 1.0, 0.0]])
+    with pytest.raises(UserError, match=r"big: .*scale them"):
+        Problem("big", sparse.csr_array(matrix), np.array([1.0, -1.0, 1.0])).smoothness()
 
 
 def test_where_every_step_size_diverges_the_gap_is_infinite(tmp_path, monkeypatch):

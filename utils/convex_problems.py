@@ -9,12 +9,12 @@ were settled before any method ran on them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from scipy import sparse
-from scipy.sparse.linalg import svds
+from scipy.sparse.linalg import ArpackError, svds
 from scipy.special import expit, logsumexp, softmax
 
 from utils.errors import UserError
@@ -36,6 +36,7 @@ class Problem:
         labels: (n,), -1 and 1 for logistic regression (classes = 1), else 0..classes-1.
         classes: columns of W (d, classes).
         penalty: of the squared l2 norm.
+        synthetic: made by code, not read from a file.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Problem:
     labels: np.ndarray
     classes: int = 1
     penalty: float = PENALTY
+    synthetic: bool = False
 
     @property
     def is_sparse(self) -> bool:
@@ -71,15 +73,29 @@ class Problem:
         return features.T @ residuals / len(labels) + self.penalty * weights
 
     def smoothness(self) -> float:
-        """A bound on the largest curvature of f: the loss's own (1/4 logistic, 1/2 softmax) times that of the data."""
-        start = np.ones(min(self.features.shape))
-        singular = svds(self.features, k=1, return_singular_vectors=False, v0=start, rng=0)[0]
+        """A bound on the largest curvature of f: the loss's own (1/4 logistic, 1/2 softmax) times that of the data.
+
+        Raises:
+            UserError: the features are too large for it.
+        """
+        if min(self.features.shape) == 1:
+            singular = np.sqrt(
+                self.features.multiply(self.features).sum() if self.is_sparse else np.sum(self.features**2)
+            )
+        else:
+            start = np.ones(min(self.features.shape))
+            try:
+                singular = svds(self.features, k=1, return_singular_vectors=False, v0=start, rng=0)[0]
+            except ArpackError as error:
+                raise UserError(
+                    f"{self.name}: no singular value of the features is found; scale them ({error})"
+                ) from None
         curvature = 0.25 if self.classes == 1 else 0.5
         return float(curvature * singular**2 / len(self.labels) + self.penalty)
 
     def restricted(self, kept: np.ndarray) -> Problem:
         """The problem of the features `kept` alone."""
-        return Problem(self.name, self.features[:, kept], self.labels, self.classes, self.penalty)
+        return replace(self, features=self.features[:, kept])
 
 
 def rcv1_like(seed: int, samples: int = 20_242, features: int = 47_236) -> Problem:
@@ -104,7 +120,7 @@ def rcv1_like(seed: int, samples: int = 20_242, features: int = 47_236) -> Probl
     documents = np.bincount(counts.indices, minlength=features)
     counts.data = (1 + np.log(counts.data)) * np.log(samples / documents[counts.indices])
     labels = np.where((topics < TOPICS // 2) ^ (rng.random(samples) < 0.03), 1.0, -1.0)
-    return Problem("rcv1", _unit_rows(counts), labels)
+    return Problem("rcv1", _unit_rows(counts), labels, synthetic=True)
 
 
 def epsilon_like(seed: int, samples: int = 40_000, features: int = 2_000) -> Problem:
@@ -114,7 +130,7 @@ def epsilon_like(seed: int, samples: int = 40_000, features: int = 2_000) -> Pro
     matrix = rng.standard_normal((samples, features))
     matrix += rng.standard_normal((samples, 10)) @ rng.standard_normal((10, features)) * 0.3
     matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
-    return Problem("epsilon", matrix, _noisy_labels(matrix, min(200, features // 2), rng))
+    return Problem("epsilon", matrix, _noisy_labels(matrix, min(200, features // 2), rng), synthetic=True)
 
 
 def mnist_like(seed: int, samples: int = 20_000, classes: int = 10) -> Problem:
@@ -127,7 +143,7 @@ def mnist_like(seed: int, samples: int = 20_000, classes: int = 10) -> Problem:
     images = images + 2.5 * np.repeat(rng.standard_normal((samples, 196)), 4, axis=1)
     cut = np.quantile(images, 0.81, axis=1, keepdims=True)
     images = np.where(images > cut, np.minimum(images - cut, 1), 0)
-    return Problem("mnist", sparse.csr_array(images), labels, classes)
+    return Problem("mnist", sparse.csr_array(images), labels, classes, synthetic=True)
 
 
 SYNTHETIC: dict[str, Callable[[int], Problem]] = {"rcv1": rcv1_like, "epsilon": epsilon_like, "mnist": mnist_like}
@@ -176,8 +192,8 @@ def read_libsvm(path: Path) -> Problem:
                 ends.append(len(indices))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a libsvm file ({error})") from None
-    if not indices:
-        raise UserError(f"{path}: holds no features")
+    if not any(values):
+        raise UserError(f"{path}: holds no features, or none that is not 0")
     kinds, numbers = np.unique(labels, return_inverse=True)
     if len(kinds) < 2:
         raise UserError(f"{path}: holds {len(kinds)} different label, at least 2 are needed")

@@ -21,6 +21,7 @@ import math
 import shlex
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import matplotlib
@@ -82,7 +83,7 @@ def compare(problem: Problem, settings: Settings) -> dict:
         }
     return {
         "problem": problem.name,
-        "synthetic": problem.name in SYNTHETIC,
+        "synthetic": problem.synthetic,
         "samples": len(problem.labels),
         "features": problem.features.shape[1],
         "classes": max(2, problem.classes),
@@ -223,6 +224,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--growth must be between 0 and 1, got {args.growth:g}")
     if not 0 <= args.v < 1:
         raise UserError(f"--v must be in [0, 1), got {args.v:g}")
+    if args.seed < 0:
+        raise UserError(f"--seed must be >= 0, got {args.seed}")
+    stems = [name if name in SYNTHETIC else Path(name).stem for name in args.problem]
+    for stem, count in Counter(stems).items():
+        if count > 1:
+            raise UserError(
+                f"--problem: {count} of them would write {stem}.json; rename a file, or give each its own --save_path"
+            )
     if (args.save_path / "table.md").exists():
         raise UserError(f"--save_path {args.save_path}: holds the table of an earlier comparison; give another folder")
     return args
