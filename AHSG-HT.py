@@ -30,8 +30,8 @@ NORMS = (1, 2)
 # Entries of the parameters that a CPU updates together: with gradient, momentum buffer and x_{t-1} about 1 MiB, so that they
 # stay in the cache from one pass of the update to the next.
 CPU_BLOCK_ENTRIES = 65_536
-# Up to this lr/v the heavy ball takes three passes over memory; above, where lr/v*d might overflow float16, four.
-LARGEST_LR_OVER_V = 1e3
+# Up to this lr/v the heavy ball takes three passes over memory; above, where lr/v*d might overflow float16 though lr*d does not, four.
+LARGEST_LR_OVER_V = 1.0
 # Scores per row from which a CPU finds the smallest kept score instead of sorting them all.
 CPU_LONG_ROW = 10_000
 

@@ -286,6 +286,13 @@ def test_half_precision_with_a_tiny_heavy_ball_does_not_overflow():
     torch.testing.assert_close(p.detach(), torch.full((4,), -150.0, dtype=torch.float16))
 
 
+@pytest.mark.parametrize("lr, v, gradient", [(0.5, 1e-3, 200.0), (1.0, 0.125, 10_000.0), (0.125, 0.125, 60_000.0)])
+def test_half_precision_overflows_no_earlier_than_the_step_itself(lr, v, gradient):
+    p = nn.Parameter(torch.zeros(4, dtype=torch.float16))
+    train([p], AHSG_HT([p], lr=lr, v=v), [[torch.full((4,), gradient, dtype=torch.float16)]] * 2)
+    torch.testing.assert_close(p.detach(), torch.full((4,), -(2 + v) * lr * gradient, dtype=torch.float16))
+
+
 def test_paper_update_HSG_0_forgets_the_previous_point():
     assert not moves_without_gradient(zero1=0)
 
