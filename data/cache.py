@@ -36,7 +36,7 @@ DAMAGE = (
     KeyError,
     EOFError,
     MemoryError,
-    NotImplementedError,
+    RuntimeError,
     zipfile.BadZipFile,
     zlib.error,
 )

@@ -149,6 +149,13 @@ def leave_out_an_array(tree):
     np.savez(tree / NAME, **content)
 
 
+def say_it_is_encrypted(tree):
+    content = bytearray((tree / NAME).read_bytes())
+    # The first bit of the flags of the last entry in the archive's directory.
+    content[content.rindex(b"PK\x01\x02") + 8] |= 1
+    (tree / NAME).write_bytes(content)
+
+
 class Bomb:
     """Pickled, it makes a reader run code."""
 
@@ -161,6 +168,7 @@ DAMAGES = {
     "noise": lambda tree: (tree / NAME).write_bytes(os.urandom(5000)),
     "cut": lambda tree: os.truncate(tree / NAME, (tree / NAME).stat().st_size // 2),
     "one bit": flip_a_pixel,
+    "one bit says that it is encrypted": say_it_is_encrypted,
     "an array is missing": leave_out_an_array,
     "a plain array": lambda tree: np.save((tree / NAME).open("wb"), np.zeros(3)),
     "pickled objects": lambda tree: rewrite(tree, classes=np.array([Bomb()], dtype=object)),

@@ -56,6 +56,37 @@ def test_random_states_come_back(tmp_path):
     assert torch.equal(first[0], again[0]) and first[1:] == again[1:]
 
 
+def of_training() -> dict:
+    """A training checkpoint as the first versions of this project wrote it, without a mark."""
+    return {
+        "state_dict": {"w": torch.ones(1)},
+        "epoch": 1,
+        "arch": "resnet8",
+        "best_prec1": 10.0,
+        "optimizer": {"state": {}, "param_groups": []},
+        "settings": {"recipe": "prune", "HTrate": 0.7, "manualSeed": 1},
+        "history": [],
+        "random_states": checkpoints.random_states(),
+        "loader": {"seed": 1, "epoch": 1, "position": 0},
+    }
+
+
+def test_a_checkpoint_from_before_the_mark_keeps_its_settings(tmp_path):
+    path = tmp_path / "old.pth.tar"
+    torch.save(of_training(), path)
+    assert checkpoints.read(path)["settings"] == of_training()["settings"]
+    # What is not of the expected kind is a file of others: read, and its settings left out.
+    torch.save({**of_training(), "loader": {"seed": 1}}, path)
+    assert "settings" not in checkpoints.read(path)
+
+
+def test_a_position_without_its_means_is_refused(tmp_path):
+    path = tmp_path / "odd.pth.tar"
+    checkpoints.write({**of_training(), "loader": {"seed": 1, "epoch": 1, "position": 3}}, path)
+    with pytest.raises(UserError, match="missing entry 'running_means'"):
+        checkpoints.read(path)
+
+
 def test_the_plan_lists_every_convolution():
     plan = make_plan(CifarResNet(8), 0.7)
     assert [(layer.filters, layer.kept, layer.removed) for layer in plan] == [(16, 11, 5)] * 3 + [(32, 22, 10)] * 2 + [

@@ -81,7 +81,7 @@ def read(path: str | os.PathLike) -> dict:
         raise UserError(f"'{path}' is no checkpoint: it has no state_dict of tensors")
     if all(name.startswith("module.") for name in weights):
         content["state_dict"] = {name.removeprefix("module."): value for name, value in weights.items()}
-    if content.get("format") != FORMAT:
+    if content.get("format") != FORMAT and not _is_from_before_the_mark(content):
         return _entries_of_others(content)
     odd = first_odd_entry(content)
     if odd is not None:
@@ -92,6 +92,17 @@ def read(path: str | os.PathLike) -> dict:
 def progress(checkpoint: dict) -> tuple[int, int]:
     """How far a checkpoint is: complete epochs, and mini-batches of the epoch under way."""
     return checkpoint.get("epoch", 0), checkpoint.get("loader", {}).get("position", 0)
+
+
+def _is_from_before_the_mark(content: dict) -> bool:
+    """Whether a file without a mark is a training checkpoint of this project's first versions, which wrote the same entries."""
+    settings = content.get("settings")
+    return (
+        "format" not in content
+        and isinstance(settings, dict)
+        and {"recipe", "HTrate", "manualSeed"} <= settings.keys()
+        and first_odd_entry(content) is None
+    )
 
 
 def _entries_of_others(content: dict) -> dict:

@@ -22,6 +22,8 @@ def first_odd_entry(content: dict) -> str | None:
     for name, fits in CHECKS.items():
         if name in content and not fits(content[name], content):
             return f"entry '{name}'"
+    if content.get("loader", {}).get("position") and "running_means" not in content:
+        return "missing entry 'running_means'"
     return None
 
 
