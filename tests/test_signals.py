@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from utils import signals
+from utils import experiment, signals
 from utils.errors import run_main
 from utils.resume import resume_command
 from utils.run_lock import RunLock, check_free
@@ -55,11 +55,27 @@ def test_exit_status_and_last_words(signum, status, capsys):
 
 
 @pytest.mark.parametrize("given", [["--resume", "old file"], ["--resume=old"], []])
-def test_the_command_that_continues_names_the_new_file_once(given):
+def test_the_command_that_continues_names_the_new_file_once(given, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: os.path.join(os.path.dirname(sys.executable), name))
     line = resume_command(
         "s.py", ["data dir", *given, "--epochs", "3"], "out/a b.tar", ["torchrun", "--nproc_per_node", "2"]
     )
     assert line == "torchrun --nproc_per_node 2 s.py 'data dir' --epochs 3 --resume 'out/a b.tar'"
+
+
+def test_outside_of_an_activated_environment_torchrun_is_named_by_its_python(monkeypatch, tmp_path):
+    for found in (None, str(tmp_path / "torchrun")):
+        monkeypatch.setattr("shutil.which", lambda name, found=found: found)
+        line = resume_command("s.py", ["data"], "a.tar", ["torchrun", "--nproc_per_node", "2"])
+        assert line == f"{sys.executable} -m torch.distributed.run --nproc_per_node 2 s.py data --resume a.tar"
+
+
+def test_on_several_machines_the_command_names_where_they_meet(monkeypatch):
+    monkeypatch.setattr(experiment, "world_size", lambda: 4)
+    monkeypatch.setattr(experiment, "local_world_size", lambda: 2)
+    monkeypatch.setenv("MASTER_ADDR", "first")
+    words = "torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint first:29500 --nproc_per_node 2"
+    assert " ".join(experiment.launcher()) == words
 
 
 def test_a_lock_dies_with_its_process_however_that_ended(tmp_path):

@@ -357,8 +357,12 @@ def test_a_network_that_differs_is_refused(monkeypatch):
 
     narrow = small_network.narrow
     monkeypatch.setattr(small_network, "narrow", spoilt)
-    with pytest.raises(UserError, match=r"differs by .* first at stage_2.0.conv_b; it is not written"):
+    with pytest.raises(UserError, match=r"differs by .* first at stage_2.0.conv_b; .*: report this network"):
         make_small(pruned(CifarResNet(8)), images(1))
+    net = pruned(CifarResNet(8))
+    net.stage_3[-1].bn_b.weight.data *= 1e9
+    with pytest.raises(UserError, match="too large for float32 to tell; train longer"):
+        make_small(net, images(1))
 
 
 def test_command_line_errors(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -221,7 +222,11 @@ def launcher() -> list[str]:
     if world_size() == 1:
         return ["python"]
     machines = world_size() // local_world_size()
-    nodes = ["--nnodes", str(machines)] if machines > 1 else []
+    nodes = []
+    if machines > 1:
+        # Without a place to meet, torchrun would wait on every machine for itself.
+        meeting = f"{os.environ.get('MASTER_ADDR', 'FIRST_MACHINE')}:29500"
+        nodes = ["--nnodes", str(machines), "--rdzv_backend", "c10d", "--rdzv_endpoint", meeting]
     return ["torchrun", *nodes, "--nproc_per_node", str(local_world_size())]
 
 

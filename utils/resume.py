@@ -299,5 +299,9 @@ def resume_command(script: str, argv: list[str], file: str, launcher: list[str])
         # Outside of an activated environment `python` may be another one, or none.
         found = shutil.which("python")
         launcher = launcher if found and os.path.samefile(found, sys.executable) else [sys.executable]
+    elif launcher[0] == "torchrun":
+        found = shutil.which("torchrun")
+        own = found and os.path.samefile(os.path.dirname(found), os.path.dirname(sys.executable))
+        launcher = launcher if own else [sys.executable, "-m", "torch.distributed.run", *launcher[1:]]
     program = sys.argv[0] if os.path.basename(sys.argv[0]) == script else script
     return shlex.join([*launcher, program, *kept, "--resume", file])
