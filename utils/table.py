@@ -6,7 +6,7 @@
 
 Methods: baseline; prune; prune_distill; distill; the controls scratch_epochs and scratch_cost (the small network trained from scratch for equal
 epochs, and for equal multiply-adds), prune_per_epoch (thresholds once per epoch, as soft filter pruning), prune_released (the release's heavy
-ball, which is zero), prune_fixed_batch. Teachers and the networks that controls need are trained first. Repeat the command to go on
+ball, which is zero), prune_fixed_batch, prune_no_regrow. Teachers and the networks that controls need are trained first. Repeat the command to go on
 after an interruption: what is done is skipped, what was begun continues. Other flags are those of cifar10_resnet_test.py and hold for every row
 they concern. Every run has a folder of its own in --save_path; a comparison with the published rows ends the table.
 """
