@@ -10,8 +10,8 @@ import models
 from utils import checkpoint as checkpoints
 from utils.errors import UserError, run_main
 from utils.experiment import build_optimizer
+from utils.optimizer_state import restore_optimizer
 from utils.run_folder import RunFolder
-from utils.training import restore_optimizer
 
 NAME = "checkpoint.resnet8.pth.tar"
 
