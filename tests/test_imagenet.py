@@ -90,7 +90,7 @@ def test_from_scratch_resumed_evaluated_and_small(train, jpegs, capsys):
 
 
 def test_with_a_teacher_and_from_its_weights(train, teacher, capsys):
-    folder = train("--arch_small", "resnet18", "--teacher", teacher, "--use_pretrain", teacher, "--epochs", 1)
+    folder = train("--arch_small", "resnet18", "--teacher", teacher, "--use_pretrain", teacher, "--epochs", 2)
     found = results(folder)
     assert found["recipe"] == "prune_distill" and found["teacher"]["accuracy"] >= 60
     assert found["pretrained"] == f"'{teacher}'"
