@@ -23,7 +23,9 @@ class OptionA(nn.Module):
         self.new_channels = new_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.new_channels))
+        # A pooling window of one pixel takes every second pixel too, and unlike x[:, :, ::2, ::2] its gradient is channels_last where
+        # x is: one contiguous gradient made the ReLU before it ten times slower on a CPU.
+        return F.pad(F.avg_pool2d(x, 1, 2), (0, 0, 0, 0, 0, self.new_channels))
 
 
 class BasicBlock(nn.Module):

@@ -185,6 +185,17 @@ def test_shortcut_is_option_a(size):
     assert torch.equal(models.resnet_cifar.OptionA(2)(x), naive_option_a(x, 5))
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_gradient_of_the_shortcut(layout):
+    """The naive one's, and in the layout of the images: another one makes every operation before it slow."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 7, 8, generator=generator).to(memory_format=layout).requires_grad_()
+    weight = torch.randn(2, 5, 4, 4, generator=generator).to(memory_format=layout)
+    (ours,) = torch.autograd.grad((models.resnet_cifar.OptionA(2)(x) * weight).sum(), x)
+    (naive,) = torch.autograd.grad((naive_option_a(x, 5) * weight).sum(), x)
+    assert torch.equal(ours, naive) and ours.is_contiguous(memory_format=layout)
+
+
 def test_two_layer_head():
     net = models.resnet20(10, head_width=20)
     shapes = {name: tuple(p.shape) for name, p in net.named_parameters() if name.startswith("classifier")}
