@@ -34,10 +34,10 @@ from models.pretrained import load_pretrained
 from utils.device import usable_cores
 from utils.distributed import copy_from_first, from_first, local_world_size, on_all, process_group
 from utils.errors import UserError, run_main
-from utils.experiment import Experiment, load_teacher, prepare_process, read_resumed, run_name
+from utils.experiment import Experiment, choose_start, load_teacher, prepare_process
 from utils.options import OneLineParser, add_training_options, number, path_name, resolve_recipe
 from utils.recipes import IMAGENET_RECIPES
-from utils.resume import Start, adopt_settings, find_start
+from utils.resume import Start, adopt_settings
 
 SCRIPT = "imagenet_resnet_test.py"
 # What --use_pretrain without a file means.
@@ -105,13 +105,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return settle(*parser().parse_given(argv))
 
 
-def choose_start(args: argparse.Namespace, given: set[str]) -> tuple[argparse.Namespace, Start]:
-    """The settings, and where the run starts."""
-    checkpoint = read_resumed(args)
-    settle(args, given, checkpoint)
-    return args, find_start(args, given, checkpoint, args.student, run_name(args))
-
-
 def teacher_command(args: argparse.Namespace, arch: str | None) -> list[str]:
     """The command line that trains a teacher, less its recipe."""
     return ["python", SCRIPT, args.data_path, "-a", arch or "resnet50"]
@@ -159,7 +152,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     argv = sys.argv[1:] if argv is None else argv
     args, given = parser().parse_given(argv)
     with process_group(args.ngpu, args.dist_timeout) as device:
-        args, start = from_first(lambda: choose_start(args, given))
+        args, start = from_first(lambda: choose_start(args, given, settle))
         teacher = on_all(lambda: load_teacher(args, lambda arch: teacher_command(args, arch)))
         prepare_process(args)
         images = on_all(lambda: load_images(args))

@@ -63,7 +63,8 @@ class CifarVGG(nn.Module):
     def forward(self, x: Tensor, return_features: bool = False):
         """Logits; with return_features (logits, features (B, 512) after pooling, [outputs of the five stages])."""
         stages = []
-        for number, layer in enumerate(self.features, start=1):
+        # Not start=1, which torch.compile of 2.4 does not follow.
+        for number, layer in enumerate(self.features, 1):
             x = layer(x)
             if number in self._stage_ends:
                 stages.append(x)

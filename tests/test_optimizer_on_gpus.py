@@ -188,6 +188,9 @@ def test_depth_costs_no_operation(channels_last):
 @LAYOUTS
 def test_copies_of_many_layers_are_between_equal_strides(channels_last, monkeypatch):
     """Between others foreach falls back to a kernel per tensor."""
+    of_a_1x1_convolution = torch.empty_strided((64, 64, 1, 1), (64, 1, 64, 64), device=META)
+    if channels_last and torch.empty_like(of_a_1x1_convolution).stride() != of_a_1x1_convolution.stride():
+        pytest.skip("the meta device of this torch, unlike its CPU, gives copies of 1x1 filters other strides")
     params = meta_parameters(lambda: build_net("resnet50"), lambda: convolutions().float(), channels_last=channels_last)
     copied = []
     copy = torch._foreach_copy_

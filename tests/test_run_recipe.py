@@ -13,6 +13,7 @@ import data
 from utils import run_recipe
 from utils.compare_tables import comparison_line
 from utils.errors import UserError
+from utils.experiment import run_name
 from utils.tables.published import published_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +28,7 @@ def recorded(monkeypatch, tmp_path):
     def fake_script(flags):
         calls.append(flags)
         args = run_recipe.script.parse_args(flags)
-        folder = Path(args.save_path or run_recipe.RUNS / run_recipe.script.run_name(args))
+        folder = Path(args.save_path or run_recipe.RUNS / run_name(args))
         folder.mkdir(parents=True, exist_ok=True)
         results = dict(
             arch=args.student,

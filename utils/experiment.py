@@ -39,7 +39,7 @@ from utils.engine import evaluate
 from utils.errors import UserError
 from utils.objective import cross_entropy
 from utils.plan import format_plan, make_plan
-from utils.resume import Start, resume_command
+from utils.resume import Start, find_start, resume_command
 from utils.run_folder import RunFolder, SilentFolder
 from utils.signals import stop
 from utils.training import Training, format_pass, gather_bad_images
@@ -239,9 +239,17 @@ def prepare_process(args: argparse.Namespace) -> None:
     seed_everything(args.manualSeed)
 
 
-def read_resumed(args: argparse.Namespace) -> dict | None:
-    """The checkpoint that --resume names; None without one, and for auto, which looks for it later."""
-    return checkpoints.read(args.resume) if args.resume not in (None, "auto") else None
+def choose_start(args: argparse.Namespace, given: set[str], settle: Callable) -> tuple[argparse.Namespace, Start]:
+    """The settings, and where the run starts.
+
+    Args:
+        given: names of the settings that the command line gives.
+        settle: the script's own way from (args, given, checkpoint or None) to the settings.
+    """
+    # With auto the checkpoint is looked for later.
+    checkpoint = checkpoints.read(args.resume) if args.resume not in (None, "auto") else None
+    args = settle(args, given, checkpoint)
+    return args, find_start(args, given, checkpoint, args.student, run_name(args))
 
 
 def run_name(args: argparse.Namespace) -> str:
