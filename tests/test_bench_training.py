@@ -11,7 +11,7 @@ import data
 from AHSG_HT import AHSG_HT
 from data.augment import crop_and_flip, normalise
 from models.resnet_cifar import CifarResNet
-from utils import bench_accuracy, bench_training
+from utils import bench_accuracy, bench_operations, bench_training
 from utils.bench_loops import OPTIMIZER, Setup, take_share
 from utils.distillation import Distillation
 from utils.engine import train_epoch
@@ -120,6 +120,32 @@ def test_the_benchmark_reports_both_loops(tmp_path, capsys):
         assert row["memory"]["process"] > 100
     text = (tmp_path / "speed_cpu_resnet20.md").read_text()
     assert text in capsys.readouterr().out and "| resnet20 | - | this |" in text
+
+
+def test_operations_add_up_to_the_step(tmp_path, capsys):
+    """Per mini-batch: as many convolutions and their gradients as the network has, within the step's time."""
+    flags = ["--operations", "--dataset", "synthetic", "--nets", "resnet20", "--teacher", "no", "--ngpu", "0"]
+    sizes = ["--images", "48", "--batch_size", "16", "--rounds", "2", "--workers", "0", "--threads", "1"]
+    bench_training.main([*flags, *sizes, "--save_path", str(tmp_path)])
+    saved = json.loads((tmp_path / "operations_cpu_resnet20.json").read_text())
+    assert [result["loop"] for result in saved["results"]] == ["release", "this"]
+    for result in saved["results"]:
+        calls = {row["name"]: row["calls"] for row in result["operations"]}
+        assert calls["aten::convolution"] == calls["aten::convolution_backward"] == 19
+        times = [row["ms"] for row in result["operations"]]
+        assert times == sorted(times, reverse=True) and 0 < sum(times) < 1.5 * result["watched_ms"]
+    text = (tmp_path / "operations_cpu_resnet20.md").read_text()
+    assert text in capsys.readouterr().out and "| convolution_backward | 19 |" in text
+
+
+def test_operations_reach_their_share_of_a_matrix_product():
+    """By hand: 4 GFLOP in 20 ms are 200 GFLOP/s, half of 400."""
+    rows = [{"name": "aten::convolution", "calls": 2.0, "ms": 20.0}, {"name": "aten::add", "calls": 3.0, "ms": 80.0}]
+    rows.append({"name": "aten::view", "calls": 9.0, "ms": 0.5})
+    result = {"loop": "this", "step_ms": 99.0, "watched_ms": 110.0, "matmul_flops": 400e9, "operations": rows}
+    lines = bench_operations.operations_table([result], {"aten::convolution": 4 * 10**9}, "heading").splitlines()
+    assert "| convolution | 2 | 20.0 | 19.9 % | 50 % |" in lines
+    assert "| add | 3 | 80.0 | 79.6 % | - |" in lines and "| 1 more | 9 | 0.5 | 0.5 % | - |" in lines
 
 
 class FakeLoop:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import models
@@ -86,23 +88,49 @@ class Clock:
         return call
 
 
+class Watch(TorchDispatchMode):
+    """Adds up calls and seconds of every tensor operation that runs under it, those of backward passes included.
+
+    On a GPU each operation is waited for, so that its time is its own; small ones then take longer than in a queue.
+    """
+
+    def __init__(self, wait: Callable):
+        super().__init__()
+        self.wait = wait
+        self.calls: dict[str, int] = defaultdict(int)
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.wait()
+        begin = time.perf_counter()
+        result = operation(*args, **(kwargs or {}))
+        self.wait()
+        name = operation._schema.name
+        self.calls[name] += 1
+        self.seconds[name] += time.perf_counter() - begin
+        return result
+
+
 class TimedLoader:
-    """A loader whose waiting times are counted."""
+    """A loader whose waiting times are counted, and the mini-batches of its last epoch."""
 
     def __init__(self, loader):
         self.loader = loader
         self.clock: Clock | None = None
+        self.given = 0
 
     def sizes(self, epoch: int) -> list[int]:
         return self.loader.sizes(epoch)
 
     def __iter__(self):
         batches = iter(self.loader)
+        self.given = 0
         while True:
             with self.clock.part("data"):
                 batch = next(batches, None)
             if batch is None:
                 return
+            self.given += 1
             yield batch
 
 
@@ -175,11 +203,11 @@ class Loop:
         own = {name: getattr(self.optimizer, name) for name in ("step", "update_HSG")}
         for name, function in own.items():
             setattr(self.optimizer, name, clock.timed("optimizer", function))
-        self._wait()
+        self.wait()
         begin = time.perf_counter()
         run = train_epoch_as_released if self.setup.loop == "release" else train_epoch
         result = run(self.net, self.loader, self.objective, self.optimizer, self.device, epoch=self.epoch)
-        self._wait()
+        self.wait()
         seconds = time.perf_counter() - begin
         for name, function in own.items():
             setattr(self.optimizer, name, function)
@@ -188,6 +216,13 @@ class Loop:
         parts["forward and backward"] = seconds - sum(parts.values())
         loss = result[0] if self.setup.loop == "release" else result.loss
         return {"seconds": seconds, "images": len(self.images.train), "loss": loss, **parts, "memory": self.memory()}
+
+    def watch(self) -> dict:
+        """One epoch, operation by operation: {"seconds" with the cost of watching, "steps", "operations": {name: {"calls", "seconds"}}}."""
+        with Watch(self.wait) as seen:
+            seconds = self.train()["seconds"]
+        operations = {name: {"calls": seen.calls[name], "seconds": seen.seconds[name]} for name in seen.calls}
+        return {"seconds": seconds, "steps": self.loader.given, "operations": operations}
 
     def test(self) -> dict:
         """Loss and accuracy on the test images, by the same code for every loop."""
@@ -210,14 +245,15 @@ class Loop:
         a, b = (torch.randn(n, n, device=self.device, dtype=dtype) for _ in range(2))
         best = float("inf")
         for _ in range(repeats):
-            self._wait()
+            self.wait()
             begin = time.perf_counter()
             a @ b
-            self._wait()
+            self.wait()
             best = min(best, time.perf_counter() - begin)
         return 2 * n**3 / best
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until the device has done what it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

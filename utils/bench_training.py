@@ -4,6 +4,7 @@
     python -m utils.bench_training data/cifar10 --nets resnet20 --teacher no --save_path results/bench_training
     python -m utils.bench_training data/cifar10 --startup                      # seconds from command to first step
     python -m utils.bench_training data/cifar10 --accuracy --seeds 1 2 3       # short runs of both loops, tested
+    python -m utils.bench_training data/cifar10 --operations --teacher no      # time per kind of operation
 
 The loops take turns, round by round, each in a process of its own that sleeps meanwhile; figures are medians over the rounds. A first
 round of each is not counted. On a GPU the shares of time come of one more round with synchronised clocks. Teachers have random weights.
@@ -29,6 +30,7 @@ import data
 import models
 from utils.bench_accuracy import accuracy_table, run_accuracy
 from utils.bench_loops import LoopProcess, Setup
+from utils.bench_operations import operations_table, time_operations
 from utils.counts import count
 from utils.device import choose_device, describe_machine
 from utils.errors import UserError, run_main
@@ -73,6 +75,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--ngpu", type=whole, help="0: CPU (default: a GPU where there is one)")
     parser.add_argument("--accuracy", action="store_true", help="test short pruned runs instead of timing")
     parser.add_argument("--startup", action="store_true", help="time the script from command to first step instead")
+    parser.add_argument(
+        "--operations", action="store_true", help="time every kind of tensor operation instead, in eager loops"
+    )
     parser.add_argument("--seeds", type=whole, nargs="+", default=[1, 2, 3], help="of --accuracy (1 2 3)")
     parser.add_argument("--epochs", type=positive_count, default=3, help="of --accuracy (3)")
     parser.add_argument("--save_path", type=path_name, help="folder for the table (.md) and all figures (.json)")
@@ -139,11 +144,14 @@ def bench(chosen: list[Setup], rounds: int) -> list[dict]:
     return rows
 
 
-def training_flops(arch: str, teacher: str | None) -> int:
-    """Floating-point operations per training image: 2 per multiply-add, once forward and twice backward; a teacher forward only."""
+def training_flops(arch: str, teacher: str | None) -> tuple[int, int]:
+    """Floating-point operations per training image, forward and backward.
+
+    2 per multiply-add, once forward and twice backward (gradients of inputs and of weights); a teacher forward only.
+    """
     image = torch.zeros(1, 3, 32, 32)
     forward = 2 * count(models.build(arch), image).multiply_adds
-    return 3 * forward + (2 * count(models.build(teacher), image).multiply_adds if teacher else 0)
+    return forward + (2 * count(models.build(teacher), image).multiply_adds if teacher else 0), 2 * forward
 
 
 def table(results: list[dict], heading: str) -> str:
@@ -194,6 +202,12 @@ def time_startup(args: argparse.Namespace, arch: str, repeats: int = 3) -> list[
     return taken[1:]
 
 
+def teachers(args: argparse.Namespace, arch: str) -> list[str | None]:
+    """The teachers of a network, by --teacher; None: trained without."""
+    larger = NETS.get(arch, arch)
+    return {"no": [None], "yes": [larger], "both": [None, larger]}[args.teacher]
+
+
 def describe(args: argparse.Namespace, argv: list[str]) -> tuple[str, dict]:
     """The command, and the machine it ran on."""
     machine = describe_machine(torch.device(args.device)) | {
@@ -237,14 +251,30 @@ def main(argv: list[str] | None = None) -> None:
             print(text, flush=True)
             if path:
                 path.with_suffix(".md").write_text(text, encoding="utf-8")
+        elif args.operations:
+            for teacher in teachers(args, arch):
+                results = [time_operations(one, args.rounds) for one in setups(args, arch, teacher) if not one.compile]
+                forward, backward = (args.batch_size * flops for flops in training_flops(arch, teacher))
+                guided = f" with a {teacher} teacher" if teacher else ""
+                text = operations_table(
+                    results,
+                    {"aten::convolution": forward, "aten::convolution_backward": backward},
+                    f"`{command}`; {where}; {arch}{guided}, mini-batches of {args.batch_size}, medians of {args.rounds} rounds.",
+                )
+                print(text, flush=True)
+                name = f"operations_{device}_{arch}" + (f"_from_{teacher}" if teacher else "")
+                save(args.save_path, name, text, {"command": command, "machine": machine, "results": results})
         else:
             results = []
-            for teacher in {"no": [None], "yes": [NETS.get(arch, arch)], "both": [None, NETS.get(arch, arch)]}[
-                args.teacher
-            ]:
+            for teacher in teachers(args, arch):
                 rows = bench(setups(args, arch, teacher), args.rounds)
                 results.append(
-                    {"arch": arch, "teacher": teacher, "flops_per_image": training_flops(arch, teacher), "rows": rows}
+                    {
+                        "arch": arch,
+                        "teacher": teacher,
+                        "flops_per_image": sum(training_flops(arch, teacher)),
+                        "rows": rows,
+                    }
                 )
                 for row in rows:
                     print(
