@@ -185,7 +185,8 @@ def test_a_libsvm_file_of_more_labels_is_softmax_regression(tmp_path):
         ("1 1:0\n-1 2:0\n", "none that is not 0"),
         ("1 1:1\n1 2:1\n", "1 different label"),
         ("".join(f"{i}.5 1:1\n" for i in range(300)), "no classes"),
-        ("1 1:1\n-1 99999999999999999999999:1\n", "makes no matrix"),
+        ("1 1:1\n-1 99999999999999999999999:1\n", "line 2.*largest"),
+        ("1 1:1\n-1 4000000000:1\n", "line 2.*largest"),
         ("caf\xe9 1:1\n", "cannot be read"),
     ],
 )

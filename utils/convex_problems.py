@@ -25,6 +25,8 @@ ZIPF_OFFSET = 30
 TOPICS = 50
 # Words that come twice in a document fill one entry.
 LENGTH_FACTOR = 1.01
+# Largest index of a feature in a libsvm file; the weights are dense, eight bytes each.
+LARGEST_INDEX = 10**8
 
 
 @dataclass
@@ -184,6 +186,8 @@ def read_libsvm(path: Path) -> Problem:
                         index, value = word.split(":")
                         if int(index) <= last:
                             raise ValueError(f"index {index} after {last}; indices start at 1 and ascend")
+                        if int(index) > LARGEST_INDEX:
+                            raise ValueError(f"index {index}; the weights are dense, so {LARGEST_INDEX} is the largest")
                         last = int(index)
                         indices.append(last - 1)
                         values.append(_finite(value))
@@ -199,10 +203,7 @@ def read_libsvm(path: Path) -> Problem:
         raise UserError(f"{path}: holds {len(kinds)} different label, at least 2 are needed")
     if len(kinds) > max(100, len(labels) // 10):
         raise UserError(f"{path}: holds {len(kinds)} different labels in {len(labels)} samples; these are no classes")
-    try:
-        matrix = sparse.csr_array((np.array(values), np.array(indices), ends), shape=(len(labels), max(indices) + 1))
-    except (ValueError, OverflowError, MemoryError) as error:
-        raise UserError(f"{path}: index {max(indices) + 1} makes no matrix ({error})") from None
+    matrix = sparse.csr_array((np.array(values), np.array(indices), ends), shape=(len(labels), max(indices) + 1))
     if len(kinds) == 2:
         return Problem(path.stem, matrix, 2.0 * numbers - 1)
     return Problem(path.stem, matrix, numbers, len(kinds))
