@@ -1,6 +1,7 @@
 """cifar10_resnet_test.py from its command line to the files that it leaves."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,9 @@ import pytest
 import torch
 
 import cifar10_resnet_test as script
+import data
+from utils import experiment
+from utils.engine import evaluate
 from utils.errors import UserError
 from utils.plan import kept_filters
 from utils.recipes import fit_schedule, learning_rate_at
@@ -290,6 +294,34 @@ def test_evaluate_prints_the_accuracy_and_writes_nothing(train, capsys, tmp_path
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_recalibrating_takes_the_statistics_of_the_training_images(train, tree, capsys, monkeypatch):
+    """Against a loop over the same mini-batches: plain means of each one's mean and unbiased variance at the first BatchNorm."""
+    folder = train("--epochs", 1, "--save_path", "out")
+    file = folder / "checkpoint.resnet8.pth.tar"
+    tested = {}
+
+    def keep_network(net, *rest):
+        tested["net"] = net
+        return evaluate(net, *rest)
+
+    monkeypatch.setattr(experiment, "evaluate", keep_network)
+    flags = ["--evaluate", "--resume", file, "--batch_size", 10, "--k", "none"]
+    train(*flags, "--recalibrate", 2)
+    assert "taken anew over 20 training images in 2 mini-batches" in capsys.readouterr().out
+    net, first = tested["net"], tested["net"].bn_1
+    images = data.load("cifar10", str(tree), seed=1)
+    loader = data.DataLoader(images.train, 10, shuffle=True, seed=1)
+    with torch.no_grad():
+        seen = [net.conv_1_3x3(batch) for batch, _ in itertools.islice(loader, 2)]
+    torch.testing.assert_close(first.running_mean, torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
+    torch.testing.assert_close(first.running_var, torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0))
+    assert first.momentum == 0.1
+    for name, value in load(file)["state_dict"].items():
+        assert torch.equal(value, net.state_dict()[name]) or "running" in name or "batches" in name
+    train(*flags)
+    assert "anew" not in capsys.readouterr().out
+
+
 def three_classes(tree, tmp_path):
     own = tmp_path / "own"
     for split in ("train", "test"):
@@ -329,6 +361,7 @@ BAD = {
     "epochs": (["--epochs", "0"], ">= 1"),
     "unknown flag": (["--HTrat", "0.7"], "HTrat"),
     "evaluate alone": (["--evaluate"], "--resume"),
+    "recalibrate in training": (["--recalibrate", "5"], "--recalibrate 5.*--evaluate"),
     "finetune alone": (["--recipe", "finetune"], "--resume"),
     "pruned baseline": (["--recipe", "baseline", "--HTrate", "0.5"], "baseline keeps every filter"),
     "no such checkpoint": (["--resume", "nowhere.pth.tar"], "nowhere.pth.tar"),

@@ -8,11 +8,12 @@ import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 import data
 import models
@@ -26,6 +27,7 @@ from utils.distributed import (
     Agreement,
     LostRank,
     ParallelObjective,
+    average_batchnorm,
     first_line,
     is_first,
     is_lost_connection,
@@ -35,7 +37,7 @@ from utils.distributed import (
     synchronise_batchnorm,
     world_size,
 )
-from utils.engine import evaluate
+from utils.engine import evaluate, to_device
 from utils.errors import UserError
 from utils.objective import cross_entropy
 from utils.plan import format_plan, make_plan
@@ -162,6 +164,8 @@ class Experiment:
         args = self.args
         if self.start.checkpoint:
             checkpoints.load_weights(self.net, self.start.checkpoint["state_dict"], args.resume)
+        if args.recalibrate:
+            self.recalibrate(args.recalibrate)
         tested = evaluate(self.net, test_loader, self.device)
         skipped = gather_bad_images(test_loader)
         if is_first():
@@ -171,6 +175,18 @@ class Experiment:
                 f"{args.student} of {args.resume or self.facts.get('pretrained')} on {len(self.images.test)} test images ({self.images.source})"
             )
             print(format_pass("Test", tested))
+
+    def recalibrate(self, count: int) -> None:
+        """Takes BatchNorm's statistics anew over the first training mini-batches: the mean of each one's, no weight changes.
+
+        Those of a network that has just been thresholded are still the unthresholded one's.
+        """
+        loader = build_train_loader(self.images, self.args, self.device)
+        update_bn((to_device(*batch, self.device)[0] for batch in islice(loader, count)), self.net)
+        average_batchnorm(self.net)
+        sizes = loader.sizes(0)[:count]
+        if is_first():
+            print(f"BatchNorm statistics taken anew over {sum(sizes)} training images in {len(sizes)} mini-batches")
 
     def describe_loss(self, error: Exception) -> str:
         """What is left of a run of which a rank has died."""

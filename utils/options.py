@@ -254,6 +254,12 @@ def add_training_options(parser: argparse.ArgumentParser, recipes: dict[str, dic
         help="mini-batches between two checkpoints within an epoch (none: at the end of every epoch)",
     )
     group.add_argument("--evaluate", "-e", action="store_true", help="only test the network of --resume")
+    group.add_argument(
+        "--recalibrate",
+        type=count,
+        metavar="N",
+        help="with --evaluate: take BatchNorm's statistics anew, over N mini-batches of training images",
+    )
     group.add_argument("--manualSeed", "--seed", type=seed_number, default=1, help="seed of everything random (1)")
     group.add_argument("--workers", "-j", type=whole, default=0, help="processes that make mini-batches (0: this one)")
     group.add_argument(
@@ -357,6 +363,8 @@ def resolve_recipe(args: argparse.Namespace, given: set[str], recipes: dict[str,
         raise UserError(
             f"--widths_of '{args.widths_of}' makes a new network, there is nothing to evaluate; leave one out"
         )
+    if args.recalibrate and not args.evaluate:
+        raise UserError(f"--recalibrate {args.recalibrate} is for a test alone; add --evaluate, or leave it out")
     if args.evaluate and not args.resume and not getattr(args, "use_pretrain", None):
         raise UserError("--evaluate tests a trained network; add --resume FILE")
     return args
