@@ -142,9 +142,11 @@ def test_operations_reach_their_share_of_a_matrix_product():
     """By hand: 4 GFLOP in 20 ms are 200 GFLOP/s, half of 400."""
     rows = [{"name": "aten::convolution", "calls": 2.0, "ms": 20.0}, {"name": "aten::add", "calls": 3.0, "ms": 80.0}]
     rows.append({"name": "aten::view", "calls": 9.0, "ms": 0.5})
-    result = {"loop": "this", "step_ms": 99.0, "watched_ms": 110.0, "matmul_flops": 400e9, "operations": rows}
+    result = {"loop": "this", "step_ms": 99.0, "watched_ms": 110.0, "matmul_flops": 400e9, "copy_bytes": 20e9}
+    result["operations"] = rows
     lines = bench_operations.operations_table([result], {"aten::convolution": 4 * 10**9}, "heading").splitlines()
     assert "| convolution | 2 | 20.0 | 19.9 % | 50 % |" in lines
+    assert lines[2].endswith("a matrix product reaches 400 GFLOP/s here, a copy 20 GB/s")
     assert "| add | 3 | 80.0 | 79.6 % | - |" in lines and "| 1 more | 9 | 0.5 | 0.5 % | - |" in lines
 
 

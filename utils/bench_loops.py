@@ -243,14 +243,22 @@ class Loop:
         dtype = torch.bfloat16 if self.setup.amp else torch.float32
         n = 4 * n if self.device.type == "cuda" else n
         a, b = (torch.randn(n, n, device=self.device, dtype=dtype) for _ in range(2))
+        return 2 * n**3 / self._least_seconds(lambda: a @ b, repeats)
+
+    def copy_bytes(self, n: int = 10**8, repeats: int = 10) -> float:
+        """Bytes/s of a copy of n numbers, larger than any cache, read and written: what the memory gives at best."""
+        a, b = (torch.zeros(n, device=self.device) for _ in range(2))
+        return 2 * a.nbytes / self._least_seconds(lambda: b.copy_(a), repeats)
+
+    def _least_seconds(self, work: Callable, repeats: int) -> float:
         best = float("inf")
         for _ in range(repeats):
             self.wait()
             begin = time.perf_counter()
-            a @ b
+            work()
             self.wait()
             best = min(best, time.perf_counter() - begin)
-        return 2 * n**3 / best
+        return best
 
     def wait(self) -> None:
         """Until the device has done what it was given."""

@@ -13,7 +13,7 @@ SMALLEST_SHARE = 0.01
 def time_operations(setup: Setup, rounds: int) -> dict:
     """Milliseconds per mini-batch of one loop, medians over the rounds, which take turns unwatched and watched.
 
-    {"loop", "step_ms" unwatched, "watched_ms", "matmul_flops", "operations": [{"name", "calls", "ms"}], slowest first}.
+    {"loop", "step_ms" unwatched, "watched_ms", "matmul_flops", "copy_bytes", "operations": [{"name", "calls", "ms"}], slowest first}.
     """
     with LoopProcess(setup) as process:
         process.call("train")
@@ -21,7 +21,7 @@ def time_operations(setup: Setup, rounds: int) -> dict:
         for _ in range(rounds):
             plain.append(process.call("train"))
             watched.append(process.call("watch"))
-        peak = process.call("matmul_flops")
+        peak, bandwidth = process.call("matmul_flops"), process.call("copy_bytes")
     steps = watched[0]["steps"]
     names = watched[0]["operations"]
     per_step = {
@@ -35,6 +35,7 @@ def time_operations(setup: Setup, rounds: int) -> dict:
         "step_ms": 1000 * statistics.median(one["seconds"] for one in plain) / steps,
         "watched_ms": 1000 * statistics.median(one["seconds"] for one in watched) / steps,
         "matmul_flops": peak,
+        "copy_bytes": bandwidth,
         "operations": [
             {"name": name, "calls": names[name]["calls"] / steps, "ms": per_step[name]}
             for name in sorted(names, key=per_step.get, reverse=True)
@@ -53,7 +54,8 @@ def operations_table(results: list[dict], flops: dict[str, int], heading: str) -
         total = sum(row["ms"] for row in result["operations"])
         lines += [
             "",
-            f"{result['loop']}: {result['step_ms']:.1f} ms per mini-batch; watched {result['watched_ms']:.1f} ms, of which operations {total:.1f} ms",
+            f"{result['loop']}: {result['step_ms']:.1f} ms per mini-batch; watched {result['watched_ms']:.1f} ms, of which operations {total:.1f} ms; "
+            f"a matrix product reaches {result['matmul_flops'] / 1e9:.0f} GFLOP/s here, a copy {result['copy_bytes'] / 1e9:.0f} GB/s",
             "",
             "| operation | calls | ms | share | of matmul FLOP/s |",
             "|---|---|---|---|---|",
