@@ -34,6 +34,7 @@ from utils.errors import UserError, run_main
 from utils.experiment import Experiment, choose_start, load_teacher, prepare_process
 from utils.options import OneLineParser, add_training_options, resolve_recipe
 from utils.resume import adopt_settings
+from utils.tables.own_runs import describe_source
 
 SCRIPT = "cifar10_resnet_test.py"
 
@@ -118,7 +119,8 @@ def main(argv: list[str] | None = None) -> Path | None:
         images = on_all(lambda: load_images(args, device))
         net = on_all(lambda: build_network(args, len(images.classes), start.checkpoint))
         net.to(device, memory_format=torch.channels_last)
-        return Experiment(SCRIPT, argv, args, start, images, net, teacher, device).run()
+        facts = {"widths_from": describe_source(args.widths_of)} if args.widths_of else {}
+        return Experiment(SCRIPT, argv, args, start, images, net, teacher, device, facts=facts).run()
 
 
 if __name__ == "__main__":

@@ -76,7 +76,13 @@ def test_mean_deviation_and_t_interval_over_seeds(put, tmp_path):
 
 
 def test_one_seed_has_no_interval():
-    assert summarise([90.0]).interval is None and half_width_of_difference([90.0], [91.0, 92.0]) is None
+    assert summarise([90.0]).interval is None and half_width_of_difference([90.0], [91.0]) is None
+
+
+def test_a_single_seed_is_taken_to_spread_as_the_others_do():
+    # By hand: t(0.975, 2) = 4.30265, standard deviation 1, sqrt(1 + 1/3) = 1.15470.
+    assert half_width_of_difference([90.0], [90.0, 91.0, 92.0]) == pytest.approx(4.30265 * 1.15470, abs=1e-4)
+    assert half_width_of_difference([91.0, 92.0, 90.0], [80.0]) == pytest.approx(4.96828, abs=1e-4)
 
 
 def test_the_interval_of_a_difference_is_welchs():
@@ -103,6 +109,7 @@ def test_full_recipes_are_set_against_own_and_published_baselines(put, tmp_path)
     [
         (dict(dataset="synthetic", synthetic_data=True), "SYNTHETIC DATA"),
         (dict(epochs_run_here=10), "10 epochs instead of 200"),
+        (dict(epochs_run_here=400), "400 epochs instead of 200"),
         (dict(train_images=60, test_images=20), "60 training and 20 test images"),
         (dict(dataset="folder"), "own data"),
     ],
@@ -151,7 +158,7 @@ def test_method_and_recipe_follow_from_settings_not_from_folder_names(put, tmp_p
         ("AHSG-HT", "200 epochs, fixed mini-batch"),
         ("HSG-HT", "200 epochs, no heavy ball"),
         ("AHSG-HT", "200 epochs"),
-        ("small from scratch", "200 epochs"),
+        ("small from scratch", "200 epochs, small network of narrowest layer 16"),
         ("KD", "200 epochs, teacher resnet56 of 93.20 %"),
         ("AHSG-HT, fine-tuned", "200 epochs, pretrained"),
     }
@@ -167,6 +174,42 @@ def test_other_recipes_and_teachers_are_other_groups_other_folders_and_workers_a
         teacher = {"arch": "resnet56", "accuracy": 93.2, "sha256": sha}
         put(f"t{seed}", "prune_distill", seed=seed, teacher=f"{seed}.tar", changes={"teacher": teacher})
     assert sorted(row.seeds for row in own_rows(tmp_path)) == ["1 2", "1 2 3", "3", "3", "4"]
+
+
+def test_small_networks_of_other_methods_and_rates_are_other_groups(put, tmp_path):
+    """Told by the results.json beside the file, or as the run noted it; the runs that they are of may differ by seed."""
+    for name, seed, options in (
+        ("p1", 1, {}),
+        ("p2", 2, {}),
+        ("n2", 2, {"no_regrow": True}),
+        ("f1", 1, {"HTrate": 0.6}),
+    ):
+        folder = put(name, seed=seed, **options)
+        small = {"network": {"multiply_adds": 20_000_000 + seed, "parameters": 1}}
+        put(f"s{name}", "baseline", seed=seed, widths_of=str(folder / "small.resnet20.pth.tar"), changes=small)
+    noted = {"network": {"multiply_adds": 20_000_003, "parameters": 1}, "widths_from": "AHSG-HT 30 %"}
+    put("s3", "baseline", seed=3, widths_of="gone/small.resnet20.pth.tar", changes=noted)
+    found = {row.recipe: (row.seeds, row.multiply_adds) for row in own_rows(tmp_path) if "small" in row.method}
+    assert found == {
+        "200 epochs, small network of AHSG-HT 30 %": ("1 2 3", 20_000_002),
+        "200 epochs, small network of AHSG-HT 30 %, no regrowth": ("2", 20_000_002),
+        "200 epochs, small network of AHSG-HT 40 %": ("1", 20_000_001),
+    }
+
+
+def test_the_baseline_is_the_one_that_is_most_alike(put, tmp_path):
+    bf16 = {"arithmetic": "bfloat16"}
+    put("b", "baseline", last=92.0)
+    put("p", "prune", last=91.0, changes=bf16)
+    row = next(row for row in own_rows(tmp_path) if row.method == "AHSG-HT")
+    assert row.change == -1.0 and "baseline in float32" in row.marks
+    put("b64", "baseline", last=94.0, batch_size=64, k=128)
+    put("b16", "baseline", last=92.6, changes=bf16)
+    put("p32", "prune", last=91.0)
+    rows = {row.recipe: row for row in own_rows(tmp_path) if row.method == "AHSG-HT"}
+    assert rows["200 epochs, bfloat16"].change == pytest.approx(-1.6) and not rows["200 epochs, bfloat16"].marks
+    # float32, and the same mini-batches.
+    assert rows["200 epochs"].change == -3.0
 
 
 def test_what_began_with_trained_weights_is_never_taken_for_scratch(put, tmp_path):
@@ -275,6 +318,24 @@ def test_order_of_single_seeds_has_the_test_images_uncertainty_and_says_so(put, 
     assert "0.10, 95 % of the test images +- 0.75" in second and "2 of 2 methods ran with one seed" in third
 
 
+def test_order_of_one_seed_and_several_knows_how_seeds_spread(put, tmp_path):
+    for seed, last in ((1, 90.0), (2, 91.0), (3, 92.0)):
+        put(f"base{seed}", "baseline", last=last, seed=seed)
+    put("prune", "prune", last=88.0)
+    _, second, _ = order(groups_of(tmp_path)[0], read_published())
+    assert second.startswith("0 of 1") and "3.00, 95 % of the seeds of one of them +- 4.97" in second
+
+
+def test_order_names_the_epochs_that_are_not_the_usual_ones(put, tmp_path):
+    put("base", "baseline", last=92.0)
+    put("prune", "prune", last=91.0)
+    put("kd", "prune_distill", last=91.5, teacher="t")
+    put("longer", "prune", last=91.6, epochs=400)
+    first = order(groups_of(tmp_path)[0], [])[0]
+    assert "AHSG-HT+KD 30 % (250 epochs, teacher resnet56 of 93.20 %) 91.50" in first and "baseline 92.00" in first
+    assert "91.60" not in first
+
+
 def test_a_small_network_of_equal_cost_joins_the_order_of_its_length(put, tmp_path):
     short = dict(epochs=10, schedule=[1, 3, 6, 8])
     half = {"network": {"multiply_adds": WHOLE["multiply_adds"] // 2, "parameters": 1}}
@@ -283,8 +344,18 @@ def test_a_small_network_of_equal_cost_joins_the_order_of_its_length(put, tmp_pa
     put("equal cost", "baseline", last=82.0, widths_of="f", changes=half, epochs=20, schedule=[1, 6, 12, 16])
     put("other", "baseline", last=82.5, widths_of="f", changes=half, epochs=30, schedule=[1, 9, 18, 24])
     (line,) = [line for line in order(groups_of(tmp_path)[0], []) if " > " in line]
-    assert "82.00" in line and "80.00" in line and "82.50" not in line
+    assert "(20 epochs, small network of narrowest layer 16) 82.00" in line and "80.00" in line and "82.50" not in line
     assert all(row.pruned is None for row in own_rows(tmp_path) if row.method == "small from scratch")
+
+
+def test_a_small_network_of_equal_cost_joins_the_order_of_full_recipes(put, tmp_path):
+    half = {"network": {"multiply_adds": WHOLE["multiply_adds"] // 2, "parameters": 1}}
+    put("base", "baseline", last=92.0)
+    put("equal cost", "baseline", last=91.0, widths_of="f", changes=half, epochs=400)
+    (line,) = [line for line in order(groups_of(tmp_path)[0], []) if " > " in line]
+    assert "full recipes: baseline 92.00" in line and "(400 epochs" in line
+    row = next(row for row in own_rows(tmp_path) if row.method == "small from scratch")
+    assert row.change_published is None and "400 epochs instead of 200" in row.marks
 
 
 def test_published_rows_are_well_formed_and_differences_computed():

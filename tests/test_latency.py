@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils import latency
+from utils import get_small_model, latency
 from utils.errors import UserError
 from utils.latency import Timing, median_and_spread, take_turns, verdict
 
@@ -75,3 +75,19 @@ def test_layers_of_a_plain_network():
     assert [(name, kind) for name, kind, _, _ in rows] == [
         ("0", "Conv2d"), ("1", "ReLU"), ("2", "Flatten"), ("3", "Linear"),
     ]  # fmt: skip
+
+
+def test_a_small_networks_file_is_timed_against_the_dense_network_of_its_name(tmp_path, capsys):
+    net = latency.models.build("resnet8")
+    with torch.no_grad():
+        latency.hard_threshold(list(net.parameters()), 0.5)
+    torch.save({"arch": "resnet8", "state_dict": net.state_dict()}, tmp_path / "checkpoint.pth")
+    get_small_model.main([str(tmp_path / "checkpoint.pth"), "--output", str(tmp_path / "small.pth")])
+    capsys.readouterr()
+    found = []
+    for file in ("checkpoint.pth", "small.pth"):
+        latency.main(
+            [str(tmp_path / file), "--batch_sizes", "2", "--repeats", "2", "--save_path", str(tmp_path / file[:5])]
+        )
+        found += json.loads((tmp_path / file[:5] / "latency.resnet8.json").read_text())["timings"]
+    assert found[0]["ratio"] == found[1]["ratio"] > 1.3

@@ -475,6 +475,7 @@ def test_small_network_from_scratch_has_the_widths_and_new_weights(train):
     small, scratch = models.load(file), models.load(folder / "checkpoint.resnet8.pth.tar")
     assert widths(scratch) == widths(small) != widths(CifarResNet(8, 10))
     assert difference(scratch, small, images()) > 0.1
+    assert json.loads((folder / "results.json").read_text())["widths_from"] == "AHSG-HT 50 %, batch_size 16, k 24"
     weights = models.build_with_widths(file, "resnet8", 10).stage_3[0].conv_b.weight
     assert weights.std().item() == pytest.approx((2 / (9 * len(weights))) ** 0.5, rel=0.05)
     # In two goes, the second of which finds the widths in its checkpoint.

@@ -16,6 +16,7 @@ from utils.bench_loops import LoopProcess, Setup
 from utils.checkpoint import replace_file
 from utils.device import describe_machine
 from utils.recipes import learning_rate_at
+from utils.tables.statistics import half_width_of_difference
 
 # Learning rate of a run of three epochs, as a share of the way of the papers' 200: 0.01, 0.1, 0.02.
 LEARNING_RATE = dict(base=0.01, milestones=[1, 2], gammas=[10, 0.2])
@@ -60,22 +61,33 @@ def describe_machine_of(setup: Setup) -> dict:
 
 
 def accuracy_table(rows: list[dict], command: str) -> str:
-    """Mean and sample standard deviation over seeds of every loop, as Markdown."""
+    """Mean and sample standard deviation over seeds of every loop, as Markdown, and the difference of the first two with Welch's interval.
+
+    Args:
+        command: of the last call; the rows may come from several.
+    """
     one = rows[0]["setup"]
     lines = [
-        f"`{command}`; {one['arch']} on {one['images']} training images of {one['dataset']}, {rows[0]['epochs']} epochs, mini-batch "
+        f"Runs add up over calls; the last one was `{command}`; {one['arch']} on {one['images']} training images of {one['dataset']}, {rows[0]['epochs']} epochs, mini-batch "
         f"{one['batch_size']} to {one['k']}, HTrate 0.7, v 0.1, learning rate 0.01, 0.1, 0.02; {one['threads']} CPU thread(s).",
         "",
         "| loop | seeds | test accuracy, % | mean | standard deviation | test loss: mean | standard deviation |",
         "|---|---|---|---|---|---|---|",
     ]
+    of_loop: dict[str, list[float]] = {}
     for label in dict.fromkeys(Setup(**row["setup"]).label for row in rows):
         own = [row for row in rows if Setup(**row["setup"]).label == label]
         own.sort(key=lambda row: row["setup"]["seed"])
         accuracies, losses = ([row[name] for row in own] for name in ("test_accuracy", "test_loss"))
+        of_loop[label] = accuracies
         spread = [f"{statistics.stdev(values):.3f}" if len(own) > 1 else "-" for values in (accuracies, losses)]
         lines.append(
             f"| {label} | {' '.join(str(row['setup']['seed']) for row in own)} | {' '.join(f'{a:.2f}' for a in accuracies)} "
             f"| {statistics.mean(accuracies):.2f} | {spread[0]} | {statistics.mean(losses):.4f} | {spread[1]} |"
         )
+    (a, first), (b, second) = list(of_loop.items())[:2] if len(of_loop) > 1 else ((None, []), (None, []))
+    if min(len(first), len(second)) > 1:
+        difference, half = statistics.mean(first) - statistics.mean(second), half_width_of_difference(first, second)
+        interval = f"95 % interval {difference - half:.1f} to {difference + half:.1f}"
+        lines += ["", f"{a} less {b}: {difference:+.1f} points, {interval} (Welch)."]
     return "\n".join(lines) + "\n"

@@ -106,8 +106,10 @@ class Watch(TorchDispatchMode):
         result = operation(*args, **(kwargs or {}))
         self.wait()
         name = operation._schema.name
-        self.calls[name] += 1
-        self.seconds[name] += time.perf_counter() - begin
+        # Not the marks that torch's own profiler sets.
+        if not name.startswith("profiler::"):
+            self.calls[name] += 1
+            self.seconds[name] += time.perf_counter() - begin
         return result
 
 

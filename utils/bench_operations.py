@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 
 from utils.bench_loops import LoopProcess, Setup
 
@@ -10,36 +12,46 @@ from utils.bench_loops import LoopProcess, Setup
 SMALLEST_SHARE = 0.01
 
 
-def time_operations(setup: Setup, rounds: int) -> dict:
-    """Milliseconds per mini-batch of one loop, medians over the rounds, which take turns unwatched and watched.
+def time_operations(setups: list[Setup], rounds: int) -> list[dict]:
+    """Milliseconds per mini-batch of some loops, medians over the rounds, in which they take turns, unwatched and watched.
 
-    {"loop", "step_ms" unwatched, "watched_ms", "matmul_flops", "copy_bytes", "operations": [{"name", "calls", "ms"}], slowest first}.
+    Of each {"loop", "step_ms" unwatched, "watched_ms", "matmul_flops", "copy_bytes", "operations": [{"name", "calls", "ms"}], slowest first}.
     """
-    with LoopProcess(setup) as process:
-        process.call("train")
-        plain, watched = [], []
-        for _ in range(rounds):
-            plain.append(process.call("train"))
-            watched.append(process.call("watch"))
-        peak, bandwidth = process.call("matmul_flops"), process.call("copy_bytes")
+    with ExitStack() as stack:
+        processes = [stack.enter_context(LoopProcess(setup)) for setup in setups]
+        for process in processes:
+            process.call("train")
+        taken = [[(process.call("train"), process.call("watch")) for process in processes] for _ in range(rounds)]
+        peaks = [(process.call("matmul_flops"), process.call("copy_bytes")) for process in processes]
+    return [
+        per_step(setup, *zip(*own, strict=True), *peak)
+        for setup, own, peak in zip(setups, zip(*taken, strict=True), peaks, strict=True)
+    ]
+
+
+def per_step(setup: Setup, plain: Sequence[dict], watched: Sequence[dict], flops: float, bandwidth: float) -> dict:
+    """One loop's rounds, unwatched and watched, as time_operations gives them."""
     steps = watched[0]["steps"]
-    names = watched[0]["operations"]
-    per_step = {
-        name: 1000
-        * statistics.median(one["operations"].get(name, {"seconds": 0})["seconds"] for one in watched)
-        / steps
-        for name in names
-    }
+
+    def milliseconds(seconds: Iterable[float]) -> float:
+        return 1000 * statistics.median(seconds) / steps
+
+    absent = {"calls": 0, "seconds": 0.0}
+    rows = [
+        {
+            "name": name,
+            "calls": watched[0]["operations"].get(name, absent)["calls"] / steps,
+            "ms": milliseconds(one["operations"].get(name, absent)["seconds"] for one in watched),
+        }
+        for name in sorted(set().union(*(one["operations"] for one in watched)))
+    ]
     return {
         "loop": setup.label,
-        "step_ms": 1000 * statistics.median(one["seconds"] for one in plain) / steps,
-        "watched_ms": 1000 * statistics.median(one["seconds"] for one in watched) / steps,
-        "matmul_flops": peak,
+        "step_ms": milliseconds(one["seconds"] for one in plain),
+        "watched_ms": milliseconds(one["seconds"] for one in watched),
+        "matmul_flops": flops,
         "copy_bytes": bandwidth,
-        "operations": [
-            {"name": name, "calls": names[name]["calls"] / steps, "ms": per_step[name]}
-            for name in sorted(names, key=per_step.get, reverse=True)
-        ],
+        "operations": sorted(rows, key=lambda row: -row["ms"]),
     }
 
 
@@ -47,7 +59,8 @@ def operations_table(results: list[dict], flops: dict[str, int], heading: str) -
     """The timings as Markdown, one part per loop.
 
     Args:
-        flops: {name of an operation: its floating-point operations per mini-batch}, for those where they are known.
+        flops: {name of an operation: its floating-point operations per mini-batch}, for those where they are known. Here convolutions
+            are credited with the last layer's products too, and with a gradient for the images: together below 1 %.
     """
     lines = [heading]
     for result in results:

@@ -64,8 +64,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--loops",
         nargs="+",
         choices=list(LOOPS),
-        default=["release", "this", "this --compile"],
-        help="what is compared",
+        help="what is compared (release, this, this --compile; --accuracy and --operations: without the last)",
     )
     parser.add_argument("--images", type=positive_count, help="training images per round (1280; --accuracy: 10000)")
     parser.add_argument("--rounds", type=positive_count, default=5, help="rounds counted (5)")
@@ -73,9 +72,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=whole, default=2, help="processes that make mini-batches, in each loop (2)")
     parser.add_argument("--threads", type=positive_count, help="CPU threads of each loop (torch's choice)")
     parser.add_argument("--ngpu", type=whole, help="0: CPU (default: a GPU where there is one)")
-    parser.add_argument("--accuracy", action="store_true", help="test short pruned runs instead of timing")
-    parser.add_argument("--startup", action="store_true", help="time the script from command to first step instead")
-    parser.add_argument(
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--accuracy", action="store_true", help="test short pruned runs instead of timing")
+    other.add_argument("--startup", action="store_true", help="time the script from command to first step instead")
+    other.add_argument(
         "--operations", action="store_true", help="time every kind of tensor operation instead, in eager loops"
     )
     parser.add_argument("--seeds", type=whole, nargs="+", default=[1, 2, 3], help="of --accuracy (1 2 3)")
@@ -84,6 +84,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.device = str(choose_device(args.ngpu))
     args.images = args.images or (10_000 if args.accuracy else 1280)
+    compiled = [name for name in args.loops or () if LOOPS[name].get("compile")]
+    if args.operations and compiled:
+        raise UserError(f"--operations times eager loops, what is compiled is one operation; leave out '{compiled[0]}'")
+    args.loops = args.loops or ["release", "this"] + ["this --compile"] * (not args.operations and not args.accuracy)
     for arch in args.nets:
         models.check_arch(arch)
     if args.images < args.batch_size:
@@ -186,9 +190,10 @@ def time_startup(args: argparse.Namespace, arch: str, repeats: int = 3) -> list[
             command = [sys.executable, str(ROOT / "cifar10_resnet_test.py"), args.data_path, "--dataset", args.dataset]
             command += ["--arch", arch, "--print_freq", "1", "--epochs", "1", "--save_path", f"{folder}/run"]
             command += ["--ngpu", "0"] if args.device == "cpu" else []
+            threads = {"OMP_NUM_THREADS": str(args.threads)} if args.threads else {}
             begin = time.perf_counter()
             script = subprocess.Popen(
-                command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+                command, stdout=subprocess.PIPE, text=True, env={**os.environ, **threads, "PYTHONUNBUFFERED": "1"}
             )
             try:
                 first = next((line for line in script.stdout if "[000][000/" in line), None)
@@ -253,13 +258,14 @@ def main(argv: list[str] | None = None) -> None:
                 path.with_suffix(".md").write_text(text, encoding="utf-8")
         elif args.operations:
             for teacher in teachers(args, arch):
-                results = [time_operations(one, args.rounds) for one in setups(args, arch, teacher) if not one.compile]
+                results = time_operations(setups(args, arch, teacher), args.rounds)
                 forward, backward = (args.batch_size * flops for flops in training_flops(arch, teacher))
                 guided = f" with a {teacher} teacher" if teacher else ""
                 text = operations_table(
                     results,
                     {"aten::convolution": forward, "aten::convolution_backward": backward},
-                    f"`{command}`; {where}; {arch}{guided}, mini-batches of {args.batch_size}, medians of {args.rounds} rounds.",
+                    f"`{command}`; {where}; {arch}{guided}, mini-batches of {args.batch_size}, {args.workers} workers, medians of {args.rounds} rounds "
+                    f"in turn; load average at the start {machine['load'][0]}.",
                 )
                 print(text, flush=True)
                 name = f"operations_{device}_{arch}" + (f"_from_{teacher}" if teacher else "")

@@ -1,6 +1,7 @@
 """Is the small network faster? Dense against small, interleaved in one run: `python -m utils.latency FILE`.
 
     python -m utils.latency runs/.../checkpoint.resnet56.pth.tar                 # a pruned network and its small one
+    python -m utils.latency runs/.../small.resnet56.pth.tar                      # a small network and the dense one of its name
     python -m utils.latency --arch vgg16_bn --HTrate 0.7 --layers                # untrained weights, thresholded once; where the time goes
     python -m utils.latency --arch resnet56 --HTrate 0.5 --batch_sizes 1 128 --device cuda --save_path speed
 
@@ -228,7 +229,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "checkpoint", nargs="?", help="a checkpoint with zeroed filters; without one, --arch is thresholded once"
+        "checkpoint",
+        nargs="?",
+        help="with zeroed filters, or a small network's file; without one, --arch is thresholded once",
     )
     parser.add_argument("--arch", help="the network (default: the checkpoint's)")
     parser.add_argument(
@@ -246,19 +249,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def networks(args: argparse.Namespace) -> tuple[str, nn.Module, tuple[int, ...]]:
-    """(arch, dense network with zeroed filters, shape of an image) of the command line."""
+def networks(args: argparse.Namespace) -> tuple[str, nn.Module, nn.Module, tuple[int, ...]]:
+    """(arch, dense network, small network, shape of an image) of the command line."""
+    arch, net, shape, narrow = read_network(args)
+    if narrow:
+        dense = models.build(arch) if arch in models.REGISTRY else models.build_torchvision(arch, 1000)
+        return arch, dense.eval(), net, shape
+    return arch, net, make_small(net, torch.zeros(1, *shape), round_to=args.round_to)[0], shape
+
+
+def read_network(args: argparse.Namespace) -> tuple[str, nn.Module, tuple[int, ...], bool]:
+    """(arch, network, shape of an image, whether the network is a small one) of the command line."""
     if args.checkpoint:
         arch, net = models.load_with_name(args.checkpoint, args.arch)
         checkpoint = checkpoints.read(args.checkpoint)
-        return arch, net, tuple(checkpoint.get("input_shape", models.input_shape(arch, checkpoint)))
+        shape = tuple(checkpoint.get("input_shape", models.input_shape(arch, checkpoint)))
+        return arch, net.eval(), shape, checkpoint.get("small") is True
     if not args.arch:
         raise UserError("nothing to time: name a checkpoint, or a network with --arch")
     torch.manual_seed(0)
     net = models.build(args.arch) if args.arch in models.REGISTRY else models.build_torchvision(args.arch, 1000)
     with torch.no_grad():
         hard_threshold(list(net.parameters()), args.HTrate)
-    return args.arch, net.eval(), models.input_shape(args.arch)
+    return args.arch, net.eval(), models.input_shape(args.arch), False
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -270,8 +283,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     flush_denormals()
-    arch, dense, shape = networks(args)
-    small, _ = make_small(dense, torch.zeros(1, *shape), round_to=args.round_to)
+    arch, dense, small, shape = networks(args)
     device = torch.device(args.device)
     found = timings(dense, small, shape, device, tuple(args.batch_sizes), args.repeats)
     machine = describe_machine(device)

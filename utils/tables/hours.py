@@ -97,10 +97,13 @@ class Speeds:
 
 
 def measured_speeds(folders: list[Path], device: torch.device, threads: int) -> dict[tuple, Speed]:
-    """{kind of row: speed} of runs on a machine like this one, with as many threads: the median over epochs, newest run last."""
+    """{kind of row: speed} of runs on a machine like this one, with as many threads: the median over epochs of the fastest run.
+
+    The fastest, as slower ones shared the machine with something else.
+    """
     machine = {**describe_machine(device), "threads": threads}
     here = {name: machine[name] for name in ("device", "gpu", "cpu_cores", "threads")}
-    found: dict[tuple, tuple[float, Speed]] = {}
+    found: dict[tuple, Speed] = {}
     for file in itertools.chain(*(folder.rglob("results.json") for folder in folders if folder.is_dir())):
         try:
             results = read_run(file).results
@@ -111,10 +114,10 @@ def measured_speeds(folders: list[Path], device: torch.device, threads: int) -> 
             teacher = results.get("teacher", {}).get("arch")
             kind = results["arch"], teacher, results["HTrate"] < 1
             speed = Speed(statistics.median(per_s), f"measured in {show_path(file.parent)}")
-            found[kind] = max(found.get(kind, (0.0, speed)), (file.stat().st_mtime, speed), key=lambda entry: entry[0])
+            found[kind] = max(found.get(kind, speed), speed, key=lambda one: one.images_per_s)
         except (Damaged, OSError, ValueError, KeyError, TypeError, AttributeError, statistics.StatisticsError):
             continue
-    return {kind: speed for kind, (_, speed) in found.items()}
+    return found
 
 
 def calibrate(row: Row, threads: int) -> Speed:

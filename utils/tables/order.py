@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from itertools import combinations
 
 from utils.tables.own_runs import Group, odd_data
@@ -16,23 +17,29 @@ def order(groups: list[Group], published: list[Published]) -> list[str]:
     """The order of own methods by last-epoch accuracy where they may be compared with each other, and what is uncertain about it.
 
     Compared are runs of one network on the same images with equal epochs and learning rates; a small network trained from scratch also
-    where its training costs as many multiply-adds. Full recipes are compared with full recipes.
+    where its training costs as many multiply-adds. Full recipes are compared with full recipes. Epochs that differ from most are named. The
+    intervals are of single pairs, not widened for the number of pairs.
     """
     lines = []
     for members, title in _comparable(groups):
         ranked = sorted(members, key=lambda group: -group.summary.mean)
-        lines.append(f"{title}: " + " > ".join(f"{_label(group)} {with_spread(group)}" for group in ranked))
+        usual = statistics.mode(group.epochs for group in members)
+        names = {id(group): _label(group, with_epochs=group.epochs != usual) for group in ranked}
+        lines.append(f"{title}: " + " > ".join(f"{names[id(group)]} {with_spread(group)}" for group in ranked))
         open_pairs, settled = [], 0
         for a, b in combinations(ranked, 2):
             half, of = half_width_of_difference(a.last(), b.last()), "seeds"
-            if half is None:
+            if min(a.summary.n, b.summary.n) == 1:
                 images = a.first.get("test_images") or 10_000
-                half, of = half_width_from_test_images(a.summary.mean, b.summary.mean, images), "test images"
+                from_images = half_width_from_test_images(a.summary.mean, b.summary.mean, images)
+                half, of = max((half or 0.0, "seeds of one of them"), (from_images, "test images"))
             difference = a.summary.mean - b.summary.mean
             if difference > half:
                 settled += 1
             else:
-                open_pairs.append(f"{_label(a)} and {_label(b)} ({difference:.2f}, 95 % of the {of} +- {half:.2f})")
+                open_pairs.append(
+                    f"{names[id(a)]} and {names[id(b)]} ({difference:.2f}, 95 % of the {of} +- {half:.2f})"
+                )
         lines.append(
             f"{settled} of {settled + len(open_pairs)} differences exceed their 95 % interval"
             + (f"; the order is open between {'; '.join(open_pairs)}" if open_pairs else "")
@@ -42,18 +49,16 @@ def order(groups: list[Group], published: list[Published]) -> list[str]:
             stds = [row.acc_std for row in published if row.dataset == ranked[0].first["dataset"] and row.acc_std]
             known = f"; published standard deviations are {min(stds):.2f} to {max(stds):.2f} points" if stds else ""
             lines.append(
-                f"{len(single)} of {len(ranked)} methods ran with one seed: their intervals tell what the finite test set leaves open, not what "
-                f"another seed would change{known}"
+                f"{len(single)} of {len(ranked)} methods ran with one seed: between two of them an interval tells what the finite test set "
+                f"leaves open, not what another seed would change{known}"
             )
     return lines
 
 
-def _label(group: Group) -> str:
+def _label(group: Group, with_epochs: bool) -> str:
     """Method, rate and what is special about the recipe."""
     rate = group.first["prune_rate"]
-    special = group.recipe.split(", ", 1)[1:]
-    epochs = group.recipe.split(", ", 1)[0] if group.first["settings"].get("widths_of") else ""
-    inside = ", ".join(part for part in (epochs, *special) if part)
+    inside = group.recipe if with_epochs else ", ".join(group.recipe.split(", ", 1)[1:])
     return f"{group.method}{f' {100 * rate:g} %' if rate else ''}{f' ({inside})' if inside else ''}"
 
 
@@ -62,15 +67,13 @@ def _comparable(groups: list[Group]) -> list[tuple[list[Group], str]]:
     sets: dict[tuple, list[Group]] = {}
     for group in groups:
         sets.setdefault((group.kind, group.length if group.marks else "full"), []).append(group)
-    for (kind, length), members in sets.items():
-        if length == "full":
-            continue
+    for (kind, _), members in sets.items():
+        lengths = {member.epochs for member in members if not member.is_small}
         for group in groups:
-            # length[0] is the number of epochs.
             trained, full = group.costs.trained_multiply_adds, group.costs.full_multiply_adds
-            if group in members or not group.first["settings"].get("widths_of") or group.kind != kind or not trained:
+            if group in members or not group.is_small or group.kind != kind or not trained:
                 continue
-            if abs(group.first["epochs_done"] * trained / (length[0] * full) - 1) < EQUAL_COST:
+            if any(abs(group.epochs * trained / (epochs * full) - 1) < EQUAL_COST for epochs in lengths):
                 members.append(group)
     found = []
     for (kind, length), members in sets.items():

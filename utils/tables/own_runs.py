@@ -16,7 +16,7 @@ from pathlib import Path
 from utils.options import OneLineParser, add_training_options
 from utils.recipes import fit_schedule, recipes_of
 from utils.resume import SAME_RUN
-from utils.tables.run_costs import Costs, run_costs
+from utils.tables.run_costs import Costs, mean_costs, run_costs
 from utils.tables.statistics import Summary, summarise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -201,8 +201,7 @@ def recipe_key(results: dict) -> tuple:
         **{name: known.get(name) for name in names},
         **{"teacher": (teacher.get("arch"), teacher.get("sha256")), "images": images, "init": init(results)},
         "amp": results.get("arithmetic") == "bfloat16",
-        # Small networks of one rate agree in their narrowest layer; the width of the residual stream differs from seed to seed.
-        "narrowest": min(layer["shape"][0] for layer in results["filters"]) if known["widths_of"] else None,
+        "small_of": small_of(results) if known["widths_of"] else None,
     }
     return tuple((name, _hashable(value)) for name, value in sorted(values.items()))
 
@@ -219,12 +218,37 @@ def recipe_text(results: dict) -> str:
             usual.update(schedule=fitted, gammas=recipe["gammas"])
     if (teacher := results.get("teacher")) and results["settings"].get("teacher"):
         parts.append(f"teacher {teacher['arch']} of {teacher['accuracy']:.2f} %")
+    if given["small_of"]:
+        parts.append(f"small network of {given['small_of']}")
     for name, value in given.items():
-        if name in ("epochs", "teacher", "images", "narrowest") or value == _hashable(usual.get(name)):
+        if name in ("epochs", "teacher", "images", "small_of") or value == _hashable(usual.get(name)):
             continue
         text = " ".join(map(str, value)) if isinstance(value, tuple) else value
         parts.append(PHRASES.get((name, value), f"{name} {text}"))
     return ", ".join(parts)
+
+
+def describe_source(small_file: str) -> str | None:
+    """What the small network in a file was cut out of ("AHSG-HT 30 %"), from the results.json beside it; None where there is none."""
+    for path in (Path(small_file), ROOT / small_file):
+        try:
+            source = read_run(path.parent / "results.json").results
+            if source["settings"].get("widths_of"):
+                return None
+            special = recipe_text(source).split(", ", 1)[1:]
+        except (Damaged, KeyError, TypeError, ValueError, AttributeError):
+            continue
+        return ", ".join([f"{method(source)} {100 * source['prune_rate']:g} %", *special])
+    return None
+
+
+def small_of(results: dict) -> str:
+    """The pruned run whose small network another one trains from scratch: as it noted, else as is known of the file.
+
+    Where nothing is: the narrowest layer, in which small networks of one rate agree; the residual stream differs from seed to seed.
+    """
+    noted = results.get("widths_from") or describe_source(results["settings"]["widths_of"])
+    return noted or f"narrowest layer {min(layer['shape'][0] for layer in results['filters'])}"
 
 
 def _hashable(value):
@@ -242,17 +266,17 @@ def odd_data(results: dict) -> str:
     return f"{sizes[0]} training and {sizes[1]} test images" if None not in sizes and sizes != full_sizes else ""
 
 
-def shortened(results: dict) -> str:
-    """By how much a recipe was shortened; "" for a full one."""
+def other_length(results: dict) -> str:
+    """How many epochs a run has instead of its recipe's; "" for a full recipe."""
     recipes = recipes_of(results["dataset"])
     full = recipes.get(results["recipe"], recipes["baseline"])["epochs"]
     epochs = results["epochs_run_here"] if "epochs_run_here" in results else results["epochs_done"]
-    return f"{epochs} epoch{'s' if epochs > 1 else ''} instead of {full}" if epochs < full else ""
+    return f"{epochs} epoch{'s' if epochs > 1 else ''} instead of {full}" if epochs != full else ""
 
 
 def not_comparable(results: dict) -> str:
     """Why a run's accuracy must not be set beside published ones; "" where it may."""
-    return "; ".join(reason for reason in (odd_data(results), shortened(results)) if reason)
+    return "; ".join(reason for reason in (odd_data(results), other_length(results)) if reason)
 
 
 @dataclass
@@ -279,8 +303,8 @@ class Group:
 
     @property
     def costs(self) -> Costs:
-        """Of the first seed; the others' small networks may differ by some dead channels of the stream."""
-        return self.runs[0].costs
+        """Means over the seeds, whose small networks may differ by some dead channels of the stream."""
+        return mean_costs([run.costs for run in self.runs])
 
     @property
     def kind(self) -> tuple:
@@ -288,6 +312,26 @@ class Group:
         r = self.first
         images = r.get("train_images"), r.get("test_images")
         return r["dataset"], r["arch"], setting(r, "head_width"), images, init(r)
+
+    @property
+    def epochs(self) -> int:
+        return setting(self.first, "epochs") or self.first["epochs_done"]
+
+    @property
+    def is_small(self) -> bool:
+        """A small network that was trained from scratch."""
+        return bool(self.first["settings"].get("widths_of"))
+
+    @property
+    def arithmetic(self) -> str:
+        return "bfloat16" if self.first.get("arithmetic") == "bfloat16" else "float32"
+
+    @property
+    def schedule(self) -> tuple:
+        """The mini-batches of an epoch."""
+        return tuple(
+            setting(self.first, name) for name in ("batch_size", "k", "growth", "max_batch_size", "no_restart")
+        )
 
     @property
     def length(self) -> tuple:

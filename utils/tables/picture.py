@@ -52,7 +52,7 @@ def draw_accuracy(groups: list[Group], published: list[Published], path: Path) -
         for odd in sorted({odd_data(group.first) for group in own}):
             points = [p for g in own if g.marks and odd_data(g.first) == odd and (p := _own_point(g))]
             if points:
-                title = f"{kind[1]} on {kind[0]}, {odd or 'shortened recipes'}: not comparable with published figures"
+                title = f"{kind[1]} on {kind[0]}, {odd or 'other epochs than the recipes'}: not comparable with published figures"
                 panels.append((title, points, True))
     if not panels:
         raise UserError("no run whose multiply-adds are known: nothing to draw")

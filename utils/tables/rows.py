@@ -70,10 +70,9 @@ def own_row(group: Group, groups: list[Group], published: list[Published]) -> Ro
     theirs = None if group.marks else published_baseline(published, first["dataset"], first["arch"])
     low, high = summary.interval or (None, None)
     speeds = [f"{run.results['seed']}: {at} {s:.2f}" for run in group.runs for at, s in run.speed_ups().items()]
-    scratch = bool(first["settings"].get("widths_of"))
     return Row(
         **dict(kind="own", dataset=first["dataset"], arch=first["arch"], method=group.method),
-        pruned=None if scratch else 100 * first["prune_rate"],
+        pruned=None if group.is_small else 100 * first["prune_rate"],
         init=init(first),
         recipe=group.recipe,
         seeds=" ".join(str(run.results["seed"]) for run in group.runs),
@@ -98,20 +97,23 @@ def _percent(share: float | None) -> float | None:
 def own_baseline(group: Group, groups: list[Group]) -> tuple[Group | None, str]:
     """The unpruned network's runs on the same images with the same epochs and learning rates; and a note.
 
-    Two full recipes that differ in length (prune_distill has 250 epochs, the baseline 200) are compared too, with a note that says so.
+    Of several the one with the same number format and, then, the same mini-batches; a note tells of another number format. Two full
+    recipes that differ in length (prune_distill has 250 epochs, the baseline 200) are compared too, with a note that says so.
     """
     # A network that began with trained weights is measured against those that did not, too.
     baselines = [
         other for other in groups if other.method == "baseline" and other.kind == (*group.kind[:-1], "scratch")
     ]
-    for other in baselines:
-        if other.length == group.length:
-            return other, ""
-    if not group.marks:
-        for other in baselines:
-            if not other.marks:
-                return other, f"baseline of {other.first['epochs_done']} epochs"
-    return None, ""
+    baselines.sort(key=lambda other: (other.arithmetic != group.arithmetic, other.schedule != group.schedule))
+    equal = [other for other in baselines if other.length == group.length]
+    full = [other for other in baselines if not other.marks and not group.marks]
+    if not equal and not full:
+        return None, ""
+    other = (equal or full)[0]
+    notes = [] if equal else [f"baseline of {other.epochs} epochs"]
+    if other.arithmetic != group.arithmetic:
+        notes.append(f"baseline in {other.arithmetic}")
+    return other, ", ".join(notes)
 
 
 def make_rows(groups: list[Group], published: list[Published], *, every: bool = False) -> list[Row]:
@@ -138,7 +140,7 @@ def against_published(groups: list[Group]) -> list[str]:
     for group in groups:
         first = group.first
         rows = published_rows(first["dataset"], first["arch"], first["prune_rate"], init(first))
-        if group.marks or first["settings"].get("widths_of") or not rows:
+        if group.marks or group.is_small or not rows:
             continue
         own = f"{first['arch']} {group.method} {100 * first['prune_rate']:g} %, {with_spread(group)}"
         differences = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
@@ -38,6 +38,17 @@ class Costs:
     def cut(self) -> float | None:
         """Share of multiply-adds saved, by count."""
         return 1 - self.multiply_adds / self.full_multiply_adds if self.multiply_adds else None
+
+
+def mean_costs(costs: list[Costs]) -> Costs:
+    """The mean of every entry that all have."""
+    means = {}
+    for entry in fields(Costs):
+        values = [getattr(one, entry.name) for one in costs]
+        if None not in values:
+            mean = sum(values) / len(values)
+            means[entry.name] = mean if entry.name == "formula_cut" else round(mean)
+    return Costs(**means)
 
 
 def run_costs(results: dict) -> Costs:

@@ -36,12 +36,16 @@ def summarise(values: Sequence[float]) -> Summary:
 
 
 def half_width_of_difference(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Half the width of Welch's 95 % interval of mean(a) - mean(b); None where either is a single value.
+    """Half the width of Welch's 95 % interval of mean(a) - mean(b); None where both are single values.
 
+    A single value is taken to come from values that spread as the others do: t(0.975, n - 1) * std * sqrt(1 + 1/n).
     Welch, The generalization of "Student's" problem when several different population variances are involved, Biometrika 1947.
     """
-    if min(len(a), len(b)) < 2:
+    if len(a) == len(b) == 1:
         return None
+    if min(len(a), len(b)) == 1:
+        known = summarise(max(a, b, key=len))
+        return known.half_width * math.sqrt(known.n + 1)
     parts = [float(np.var(values, ddof=1)) / len(values) for values in (a, b)]
     if not sum(parts):
         return 0.0
