@@ -15,6 +15,7 @@ Python cannot import a name with a hyphen, so `from AHSG_HT import AHSG_HT` goes
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
@@ -181,7 +182,8 @@ class AHSG_HT(Optimizer):
                 continue
             if any(p.grad.is_sparse for p in params):
                 raise RuntimeError("AHSG_HT does not support sparse gradients; use sparse=False in the embedding")
-            _check_thresholding(group)
+            # A schedule may have set what add_param_group checked.
+            _check_options(group)
             jobs = {}
             if final or group["heavy_ball"] == "released":
                 jobs = _threshold_jobs(group["params"], group["HTrate"], group["unit"], only_with_grad=True)
@@ -374,7 +376,7 @@ def _threshold(jobs: dict, norm: int, unit: str) -> None:
 def _threshold_in_place(weights: list[Tensor], kept: int, norm: int, unit: str) -> list[Tensor]:
     """Thresholds layers of equally many units where they stand; returns the mask (units,) of each, 1 kept and 0 removed."""
     if unit == "element":
-        scores = torch.stack([w.flatten() for w in weights]).abs_()
+        scores = torch.stack([w.flatten().abs() for w in weights])
     else:
         # Over the dimensions: flattening a channels_last weight would copy it.
         dtype = torch.promote_types(weights[0].dtype, torch.float32)
@@ -446,19 +448,16 @@ def _threshold_jobs(params: list[Tensor], HTrate: float, unit: str, only_with_gr
 
 def _check_options(group: dict) -> None:
     for name in ("lr", "momentum", "weight_decay", "v"):
-        if not isinstance(group[name], (int, float)) or not 0 <= group[name] < math.inf:
+        if not isinstance(group[name], (int, float)) or not 0 <= group[name] <= sys.float_info.max:
             raise ValueError(f"{name} must be a finite number >= 0, got {group[name]!r}")
     if not isinstance(group["dampening"], (int, float)) or not math.isfinite(group["dampening"]):
         raise ValueError(f"dampening must be a finite number, got {group['dampening']!r}")
+    if not isinstance(group["nesterov"], bool):
+        raise ValueError(f"nesterov must be True or False, got {group['nesterov']!r}")
     if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
         raise ValueError(
             f"nesterov needs momentum > 0 and dampening 0, got momentum={group['momentum']!r} and dampening={group['dampening']!r}"
         )
-    _check_thresholding(group)
-
-
-def _check_thresholding(group: dict) -> None:
-    """The options that would change silently what a step does; a schedule may have set them."""
     if not isinstance(group["HTrate"], (int, float)) or not 0 < group["HTrate"] <= 1:
         raise ValueError(f"HTrate is the share of filters kept and must be in (0, 1], got {group['HTrate']!r}")
     for name, allowed in (("heavy_ball", HEAVY_BALLS), ("norm", NORMS), ("unit", UNITS)):

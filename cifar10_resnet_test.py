@@ -63,6 +63,10 @@ def settle(args: argparse.Namespace, given: set[str], checkpoint: dict | None = 
     args.student = args.arch_small or args.arch
     for arch in (args.arch, args.student):
         models.check_arch(arch)
+    if args.head_width and args.widths_of:
+        raise UserError(
+            f"--head_width {args.head_width} is for new networks, that of --widths_of has its own; leave it out"
+        )
     if args.head_width and not args.student.startswith("resnet"):
         raise UserError(f"--head_width is for the CIFAR ResNets, got {args.student}")
     return args

@@ -143,8 +143,8 @@ def test_operations_reach_their_share_of_a_matrix_product():
     rows = [{"name": "aten::convolution", "calls": 2.0, "ms": 20.0}, {"name": "aten::add", "calls": 3.0, "ms": 80.0}]
     rows.append({"name": "aten::view", "calls": 9.0, "ms": 0.5})
     result = {"loop": "this", "step_ms": 99.0, "watched_ms": 110.0, "matmul_flops": 400e9, "copy_bytes": 20e9}
-    result["operations"] = rows
-    lines = bench_operations.operations_table([result], {"aten::convolution": 4 * 10**9}, "heading").splitlines()
+    result |= {"operations": rows, "images": 8.0}
+    lines = bench_operations.operations_table([result], {"aten::convolution": 5 * 10**8}, "heading").splitlines()
     assert "| convolution | 2 | 20.0 | 19.9 % | 50 % |" in lines
     assert lines[2].endswith("a matrix product reaches 400 GFLOP/s here, a copy 20 GB/s")
     assert "| add | 3 | 80.0 | 79.6 % | - |" in lines and "| 1 more | 9 | 0.5 | 0.5 % | - |" in lines
@@ -210,11 +210,18 @@ def test_a_script_that_fails_is_no_start_up_time(monkeypatch, tmp_path):
         (["--nets", "resnet21"], "resnet21"),
         (["--images", "10"], "less than a mini-batch of 128"),
         (["--rounds", "0"], "--rounds"),
+        (["--operations", "--startup"], "not allowed with"),
+        (["--operations", "--loops", "this", "this --compile"], "eager loops.*'this --compile'"),
     ],
 )
 def test_bad_flags_are_one_line(flags, complaint):
     with pytest.raises(UserError, match=complaint):
         bench_training.main(flags)
+
+
+def test_images_that_are_not_there_are_one_line_too(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        bench_training.main([str(tmp_path / "nowhere"), "--dataset", "folder", "--nets", "resnet20", "--ngpu", "0"])
 
 
 def test_a_setup_is_named_by_its_options():

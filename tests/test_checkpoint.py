@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 
+import models
 from models.resnet_cifar import CifarResNet
 from utils import checkpoint as checkpoints
 from utils.errors import UserError
@@ -113,3 +114,10 @@ def test_a_filter_is_zero_only_with_its_bias():
         count_zero_filters(make_plan(net, 1.0), kept)
         == "1 of 16 (1 convolution), 0 of 16 (2 convolutions), 0 of 32 (2 convolutions), 0 of 64 (2 convolutions)"
     )
+
+
+def test_complex_weights_are_refused_rather_than_halved(tmp_path):
+    state = {name: value.to(torch.complex64) for name, value in models.build("resnet8").state_dict().items()}
+    torch.save(state, tmp_path / "complex.pth")
+    with pytest.raises(UserError, match="holds complex numbers"):
+        models.load(tmp_path / "complex.pth", "resnet8")

@@ -64,6 +64,8 @@ def test_command_line_errors(monkeypatch):
         latency.main([])
     with pytest.raises(UserError, match="unknown network 'lenet'"):
         latency.main(["--arch", "lenet"])
+    with pytest.raises(UserError, match=r"0\.001 keeps no filter"):
+        latency.main(["--arch", "resnet8", "--HTrate", "0.001"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="no CUDA GPU here"):
         latency.main(["--arch", "resnet8", "--device", "cuda"])
@@ -82,10 +84,10 @@ def test_a_small_networks_file_is_timed_against_the_dense_network_of_its_name(tm
     with torch.no_grad():
         latency.hard_threshold(list(net.parameters()), 0.5)
     torch.save({"arch": "resnet8", "state_dict": net.state_dict()}, tmp_path / "checkpoint.pth")
-    get_small_model.main([str(tmp_path / "checkpoint.pth"), "--output", str(tmp_path / "small.pth")])
+    get_small_model.main([str(tmp_path / "checkpoint.pth"), "--save_path", str(tmp_path)])
     capsys.readouterr()
     found = []
-    for file in ("checkpoint.pth", "small.pth"):
+    for file in ("checkpoint.pth", "small.resnet8.pth.tar"):
         latency.main(
             [str(tmp_path / file), "--batch_sizes", "2", "--repeats", "2", "--save_path", str(tmp_path / file[:5])]
         )

@@ -1005,6 +1005,11 @@ def test_an_empty_parameter_is_no_layer():
         dict(norm=3),
         dict(unit="channel"),
         dict(regrow=1),
+        dict(lr=float("nan")),
+        dict(lr=10**400),
+        dict(v=-1.0),
+        dict(momentum="x"),
+        dict(nesterov="no"),
     ],
     ids=bad_id,
 )
@@ -1044,3 +1049,12 @@ def test_a_sparse_gradient_in_a_later_group_stops_the_step_before_any_update():
     with pytest.raises(RuntimeError, match="sparse"):
         optimizer.step()
     assert first.eq(1).all()
+
+
+@pytest.mark.parametrize("unit", ["filter", "element"])
+def test_complex_weights_are_ranked_by_their_magnitude(unit):
+    weight = torch.nn.Parameter(torch.tensor([3j, 1 + 1j, -2.0, 0.5]).view(4, 1, 1, 1))
+    optimizer = AHSG_HT([weight], lr=0.1, HTrate=0.5, unit=unit)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert weight.detach().flatten().tolist() == [3j, 0, -2, 0]

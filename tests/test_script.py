@@ -368,6 +368,8 @@ BAD = {
     "save path below a file": (["--save_path", "earlier/results.json/x"], "cannot write.*choose another"),
     "save path in use": (["--save_path", "earlier"], "holds a run already"),
     "exponential cap": (["--growth", "exponential"], "exponential"),
+    "widths pruned again": (["--widths_of", "x.pth.tar"], "prune it again.*--recipe baseline"),
+    "widths and a head": (["--recipe", "baseline", "--widths_of", "x.pth.tar", "--head_width", "20"], "head_width 20"),
     "gpus": (["--ngpu", "2"], "--ngpu 2"),
     "loss": (["--loss", "KL", "--kd_on", "feature", "--teacher", "x"], "logits|no checkpoint"),
 }
@@ -457,3 +459,10 @@ def test_removed_filters_leave_no_denormal_numbers_behind(train):
     smallest_normal = torch.finfo(torch.float32).tiny
     assert not any(((t != 0) & (t.abs() < smallest_normal)).any() for t in tensors)
     assert sum((t == 0).sum() for t in momentum) > 1000
+
+
+def test_a_run_without_standard_output_ends_well(tree, tmp_path):
+    """As some services start it."""
+    command = f"{sys.executable} {ROOT}/cifar10_resnet_test.py {tree} --epochs 1 --batch_size 30 --k none --save_path {tmp_path}/run >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "run/results.json").is_file()

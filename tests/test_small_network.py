@@ -496,7 +496,7 @@ def test_widths_of_refuses_what_does_not_fit(train, tree, tmp_path):
         with pytest.raises(UserError, match=message):
             train(*flags)
     with pytest.raises(UserError, match=r"is a resnet8.*--arch resnet8"):
-        train("--widths_of", small, arch="resnet8_dropout")
+        train("--recipe", "baseline", "--widths_of", small, arch="resnet8_dropout")
     with pytest.raises(UserError, match=r"10 classes.*3"):
         models.build_with_widths(small, "resnet8", 3)
 

@@ -23,6 +23,7 @@ from utils.acceleration import Acceleration, accelerate
 from utils.device import flush_denormals, reuse_freed_memory, seed_everything
 from utils.distillation import Distillation
 from utils.engine import evaluate, train_epoch
+from utils.errors import UserError
 from utils.objective import cross_entropy
 from utils.per_filter_loop import PerFilterLoop
 from utils.release_loop import release_loader, train_epoch_as_released
@@ -295,19 +296,27 @@ class LoopProcess:
         self.process = context.Process(target=_serve, args=(setup, theirs, multiprocessing.get_start_method()))
         self.process.start()
         theirs.close()
-        self.call("memory")
+        try:
+            self.call("memory")
+        except BaseException:
+            self.close()
+            raise
 
     def call(self, method: str, *arguments):
         """The method's result.
 
         Raises:
-            RuntimeError: it failed there; its traceback is on stderr.
+            UserError: the loop could not be made, of the images for instance.
+        RuntimeError: it failed there; its traceback is on stderr.
         """
         try:
             self.pipe.send((method, arguments))
-            return self.pipe.recv()
+            result = self.pipe.recv()
         except (EOFError, OSError):
             raise RuntimeError("the loop's process ended; its error is above") from None
+        if isinstance(result, UserError):
+            raise result
+        return result
 
     def close(self) -> None:
         self.pipe.close()
@@ -325,7 +334,12 @@ class LoopProcess:
 def _serve(setup: Setup, pipe, start_method: str) -> None:
     # A spawned process spawns by default; the loader's workers are to start as in a script.
     multiprocessing.set_start_method(start_method, force=True)
-    loop = Loop(setup)
+    try:
+        loop = Loop(setup)
+    except UserError as error:
+        pipe.recv()
+        pipe.send(error)
+        return
     while True:
         try:
             method, arguments = pipe.recv()

@@ -15,7 +15,7 @@ SMALLEST_SHARE = 0.01
 def time_operations(setups: list[Setup], rounds: int) -> list[dict]:
     """Milliseconds per mini-batch of some loops, medians over the rounds, in which they take turns, unwatched and watched.
 
-    Of each {"loop", "step_ms" unwatched, "watched_ms", "matmul_flops", "copy_bytes", "operations": [{"name", "calls", "ms"}], slowest first}.
+    Of each {"loop", "step_ms" unwatched, "images" per mini-batch, "watched_ms", "matmul_flops", "copy_bytes", "operations": [{"name", "calls", "ms"}], slowest first}.
     """
     with ExitStack() as stack:
         processes = [stack.enter_context(LoopProcess(setup)) for setup in setups]
@@ -48,6 +48,7 @@ def per_step(setup: Setup, plain: Sequence[dict], watched: Sequence[dict], flops
     return {
         "loop": setup.label,
         "step_ms": milliseconds(one["seconds"] for one in plain),
+        "images": statistics.median(one["images"] for one in plain) / steps,
         "watched_ms": milliseconds(one["seconds"] for one in watched),
         "matmul_flops": flops,
         "copy_bytes": bandwidth,
@@ -59,7 +60,7 @@ def operations_table(results: list[dict], flops: dict[str, int], heading: str) -
     """The timings as Markdown, one part per loop.
 
     Args:
-        flops: {name of an operation: its floating-point operations per mini-batch}, for those where they are known. Here convolutions
+        flops: {name of an operation: its floating-point operations per image}, for those where they are known. Here convolutions
             are credited with the last layer's products too, and with a gradient for the images: together below 1 %.
     """
     lines = [heading]
@@ -75,7 +76,7 @@ def operations_table(results: list[dict], flops: dict[str, int], heading: str) -
         ]
         small = [row for row in result["operations"] if row["ms"] < SMALLEST_SHARE * total]
         for row in result["operations"][: len(result["operations"]) - len(small)]:
-            done = flops.get(row["name"])
+            done = flops.get(row["name"], 0) * result["images"]
             reached = f"{100 * done / (row['ms'] / 1000) / result['matmul_flops']:.0f} %" if done else "-"
             lines.append(
                 f"| {row['name'].removeprefix('aten::')} | {row['calls']:.0f} | {row['ms']:.1f} | {100 * row['ms'] / total:.1f} % | {reached} |"

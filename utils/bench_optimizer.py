@@ -29,6 +29,7 @@ import models
 from AHSG_HT import AHSG_HT
 from utils.device import describe_machine
 from utils.errors import UserError, run_main
+from utils.options import OneLineParser
 from utils.per_filter_loop import PerFilterLoop
 from utils.torchvision_import import import_torchvision
 
@@ -147,7 +148,7 @@ def table(results: list[dict], heading: str) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = OneLineParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument(
         "--nets", nargs="+", default=list(NETS), help=f"of the registry, or resnet50; default {' '.join(NETS)}"

@@ -259,12 +259,12 @@ def main(argv: list[str] | None = None) -> None:
         elif args.operations:
             for teacher in teachers(args, arch):
                 results = time_operations(setups(args, arch, teacher), args.rounds)
-                forward, backward = (args.batch_size * flops for flops in training_flops(arch, teacher))
+                forward, backward = training_flops(arch, teacher)
                 guided = f" with a {teacher} teacher" if teacher else ""
                 text = operations_table(
                     results,
                     {"aten::convolution": forward, "aten::convolution_backward": backward},
-                    f"`{command}`; {where}; {arch}{guided}, mini-batches of {args.batch_size}, {args.workers} workers, medians of {args.rounds} rounds "
+                    f"`{command}`; {where}; {arch}{guided}, {args.images} images a round in mini-batches of {args.batch_size}, {args.workers} workers, medians of {args.rounds} rounds "
                     f"in turn; load average at the start {machine['load'][0]}.",
                 )
                 print(text, flush=True)

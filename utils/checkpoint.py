@@ -140,6 +140,8 @@ def load_weights(net: nn.Module, state_dict: dict[str, Tensor], path: str | os.P
     reasons += [
         f"'{n}' is {tuple(state_dict[n].shape)} in the file, {tuple(own[n].shape)} in the network" for n in shapes[:1]
     ]
+    # A copy would drop their imaginary parts.
+    reasons += [f"'{n}' holds complex numbers" for n, value in state_dict.items() if value.is_complex()][:1]
     if reasons:
         raise UserError(
             f"'{path}' does not fit this network: {'; '.join(reasons)}; choose the --arch and --dataset that it was trained with"

@@ -138,6 +138,9 @@ def main(argv: list[str] | None = None) -> None:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"'{folder}' is no folder; give folders that hold results.json")
+    if hasattr(sys.stdout, "reconfigure"):
+        # Whatever a results.json says, and whatever the terminal can show.
+        sys.stdout.reconfigure(errors="backslashreplace")
     text, notes = report(folders, args.format, every=args.all_published)
     print(text, end="")
     for note in notes:

@@ -24,6 +24,9 @@ class UserError(Exception):
 def run_main(main: Callable[[], object]) -> None:
     """Runs a script's main function; mistakes and what the system refuses become one line on stderr and
     exit status 2, Ctrl-C and SIGTERM exit status 130 and 143."""
+    # Where a service started us without them.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     try:
         with stop.handled():
             main()

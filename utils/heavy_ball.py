@@ -10,7 +10,6 @@ the relaxed half of the entries is kept (unit="element"), until |x - x*| <= 1e-6
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from AHSG_HT import AHSG_HT
 from utils.errors import run_main
+from utils.options import OneLineParser
 
 KAPPAS = (10, 100, 1000)
 FEATURES = 100
@@ -86,7 +86,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = OneLineParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--save_path", type=Path, help="folder for table.md and heavy_ball.json")
     args = parser.parse_args(argv)
     rows = [measure(kappa, seed) for kappa in KAPPAS for seed in range(3)]

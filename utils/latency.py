@@ -269,8 +269,13 @@ def read_network(args: argparse.Namespace) -> tuple[str, nn.Module, tuple[int, .
         raise UserError("nothing to time: name a checkpoint, or a network with --arch")
     torch.manual_seed(0)
     net = models.build(args.arch) if args.arch in models.REGISTRY else models.build_torchvision(args.arch, 1000)
-    with torch.no_grad():
-        hard_threshold(list(net.parameters()), args.HTrate)
+    try:
+        with torch.no_grad():
+            hard_threshold(list(net.parameters()), args.HTrate)
+    except ValueError:
+        raise UserError(
+            f"--HTrate {args.HTrate:g} keeps no filter of some layer of {args.arch}; use a larger one"
+        ) from None
     return args.arch, net.eval(), models.input_shape(args.arch), False
 
 

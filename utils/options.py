@@ -363,6 +363,10 @@ def resolve_recipe(args: argparse.Namespace, given: set[str], recipes: dict[str,
         raise UserError(
             f"--widths_of '{args.widths_of}' makes a new network, there is nothing to evaluate; leave one out"
         )
+    if args.widths_of and args.HTrate < 1:
+        raise UserError(
+            f"--widths_of '{args.widths_of}' trains a small network as it is, HTrate {args.HTrate:g} would prune it again; add --recipe baseline"
+        )
     if args.recalibrate and not args.evaluate:
         raise UserError(f"--recalibrate {args.recalibrate} is for a test alone; add --evaluate, or leave it out")
     if args.evaluate and not args.resume and not getattr(args, "use_pretrain", None):

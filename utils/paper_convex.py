@@ -30,6 +30,7 @@ import numpy as np
 from utils.convex_methods import METHODS, Run, Settings, best_known, run_method
 from utils.convex_problems import SYNTHETIC, Problem, make_problem
 from utils.errors import UserError, run_main
+from utils.options import OneLineParser
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -204,7 +205,7 @@ def draw(results: list[dict], path: Path) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = OneLineParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--problem", nargs="+", default=list(SYNTHETIC), help="rcv1, epsilon, mnist or libsvm files")
     parser.add_argument("--k", nargs="+", type=int, default=[200, 500], help="entries of W kept")
     parser.add_argument("--passes", type=float, default=10, help="passes over the data per run, >= 1")

@@ -178,7 +178,7 @@ def new_run_path(save_path: str | None, default_name: str) -> Path:
         path = Path(save_path)
         if holds_a_run(path):
             raise UserError(
-                f"save path '{path}' holds a run already; continue it with --resume, or choose another --save_path"
+                f"save path '{path}' holds a run already; continue it with --resume auto, or choose another --save_path"
             )
     check_writable(path)
     return path

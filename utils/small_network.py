@@ -10,6 +10,7 @@ arrive from the stage before come first, and the shortcut stays a plain zero-pad
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -249,7 +250,9 @@ def compare(
             layer = first_difference(masked, small, batch[:2], channels, keep, rank)
             largest = largest_difference(expected)
             advice = "report this network"
-            if largest > LARGEST_LOGIT:
+            if not math.isfinite(difference):
+                advice = "the network's own weights or logits are not finite numbers"
+            elif largest > LARGEST_LOGIT:
                 advice = f"logits reach {largest:.3g}, too large for float32 to tell; train longer, or with a smaller learning rate"
             raise UserError(
                 f"the small network differs by {difference:.3g} in a logit (allowed: {TOLERANCE:g}), first at {layer}; it is not written: {advice}"

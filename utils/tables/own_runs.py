@@ -111,6 +111,8 @@ def read_run(file: Path) -> OwnRun:
         value = results.get(name)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise Damaged(f"'{name}' is {value!r}" if name in results else f"'{name}' is missing")
+    if not isinstance(results.get("command", ""), str):
+        raise Damaged(f"'command' is {results['command']!r}")
     for name in ("last_epoch_accuracy", "best_epoch_accuracy"):
         if not 0 <= results[name] <= 100:
             raise Damaged(f"'{name}' is {results[name]}, no accuracy in %")
@@ -132,10 +134,11 @@ def find_runs(folders: Iterable[Path]) -> tuple[list[OwnRun], list[str]]:
     for file in files.values():
         try:
             run = read_run(file)
-            _ = run.costs, method(run.results), recipe_text(run.results), not_comparable(run.results)
+            _ = run.costs, recipe_text(run.results), not_comparable(run.results), run.log, run.speed_ups()
+            hash(group_key(run.results))
         except Damaged as error:
             notes.append(f"'{show_path(file)}' is damaged and passed over: {error}")
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, OSError) as error:
             notes.append(
                 f"'{show_path(file)}' is damaged and passed over: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
             )
@@ -204,6 +207,11 @@ def recipe_key(results: dict) -> tuple:
         "small_of": small_of(results) if known["widths_of"] else None,
     }
     return tuple((name, _hashable(value)) for name, value in sorted(values.items()))
+
+
+def group_key(results: dict) -> tuple:
+    """What the runs of a group share."""
+    return results["dataset"], results["arch"], results["prune_rate"], method(results), recipe_key(results)
 
 
 def recipe_text(results: dict) -> str:
@@ -354,7 +362,7 @@ def group_runs(runs: list[OwnRun]) -> tuple[list[Group], list[str]]:
     notes = []
     for run in runs:
         r = run.results
-        key = (r["dataset"], r["arch"], r["prune_rate"], method(r), recipe_key(r))
+        key = group_key(r)
         group = groups.setdefault(key, Group())
         twin = next((other for other in group.runs if other.results["seed"] == r["seed"]), None)
         if twin:
