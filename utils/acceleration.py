@@ -40,8 +40,8 @@ class Acceleration:
 def choose_acceleration(args: argparse.Namespace, device: torch.device) -> Acceleration:
     """What --amp, --compile and --deterministic mean on a device.
 
-    --amp is the default on GPUs that compute in bfloat16. CPUs default to float32: with AVX-512 instructions alone bfloat16
-    convolutions measured half as fast as float32 ones.
+    --amp is the default on GPUs that compute in bfloat16. CPUs default to float32: with AVX-512 instructions alone a training
+    step of ResNet-20 took 1.4 times as long in bfloat16.
 
     Raises:
         UserError: --compile where there is no compiler.

@@ -43,9 +43,10 @@ def readme_block(folder: Path = RESULTS) -> str:
         macs = "" if row.multiply_adds is None else f"{row.multiply_adds / 1e6:.2f} M"
         macs += f" ({-row.cut_count:+.1f} %)" if row.cut_count else ""
         name = f"{row.arch} {row.method}{f' {row.pruned:g} %' if row.pruned else ''}: {row.recipe}"
-        figures = [row.seeds, with_interval(row), f"{row.best_epoch_accuracy:.2f}", change, macs]
+        figures = [row.seeds, with_interval(row), f"{row.best_epoch_accuracy:.2f}", change, macs, row.speed_up]
         cells.append([name, *figures, f"`{row.commands}`"])
-    header = ["run", "seeds", "last epoch, %", "best epoch, %", "against own baseline", "multiply-adds", "command"]
+    header = ["run", "seeds", "last epoch, %", "best epoch, %", "against own baseline", "multiply-adds"]
+    header += ["times as fast (seed: where)", "command"]
     marked = sorted({row.marks for row in rows if row.marks})
     lines = [BEGIN, markdown_table(header, cells), ""]
     if marked:
