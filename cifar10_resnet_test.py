@@ -29,12 +29,12 @@ from torch import nn
 
 import data
 import models
-from utils.distributed import from_first, is_first, on_all, process_group
-from utils.errors import UserError, run_main
-from utils.experiment import Experiment, choose_start, load_teacher, prepare_process
-from utils.options import OneLineParser, add_training_options, resolve_recipe
-from utils.resume import adopt_settings
-from utils.tables.own_runs import describe_source
+from utils.base.errors import UserError, run_main
+from utils.compare.own_runs import describe_source
+from utils.train.distributed import from_first, is_first, on_all, process_group
+from utils.train.experiment import Experiment, choose_start, load_teacher, prepare_process
+from utils.train.options import OneLineParser, add_training_options, resolve_recipe
+from utils.train.resume import adopt_settings
 
 SCRIPT = "cifar10_resnet_test.py"
 

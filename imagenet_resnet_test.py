@@ -31,13 +31,13 @@ import data
 import models
 from data.image_files import ON_BAD_IMAGE
 from models.pretrained import load_pretrained
-from utils.device import usable_cores
-from utils.distributed import copy_from_first, from_first, local_world_size, on_all, process_group
-from utils.errors import UserError, run_main
-from utils.experiment import Experiment, choose_start, load_teacher, prepare_process
-from utils.options import OneLineParser, add_training_options, number, path_name, resolve_recipe
-from utils.recipes import IMAGENET_RECIPES
-from utils.resume import Start, adopt_settings
+from utils.base.errors import UserError, run_main
+from utils.train.device import usable_cores
+from utils.train.distributed import copy_from_first, from_first, local_world_size, on_all, process_group
+from utils.train.experiment import Experiment, choose_start, load_teacher, prepare_process
+from utils.train.options import OneLineParser, add_training_options, number, path_name, resolve_recipe
+from utils.train.recipes import IMAGENET_RECIPES
+from utils.train.resume import Start, adopt_settings
 
 SCRIPT = "imagenet_resnet_test.py"
 # What --use_pretrain without a file means.

@@ -21,8 +21,8 @@ from torch.utils.data import Dataset
 
 from data.augment import normalise
 from data.image_size import check_declared_size
-from utils.errors import UserError
-from utils.torchvision_import import import_torchvision
+from utils.base.errors import UserError
+from utils.base.torchvision_import import import_torchvision
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)

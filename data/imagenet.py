@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.image_files import ImageFiles
 from data.sources import Data, NoData, class_folders
-from utils.errors import UserError
+from utils.base.errors import UserError
 
 
 def load_imagenet(

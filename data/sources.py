@@ -24,8 +24,8 @@ from data.image_size import check_declared_size
 from data.images import ImageArrays
 from data.synthetic import CLASSES as SYNTHETIC_CLASSES
 from data.synthetic import make_images
-from utils.errors import UserError
-from utils.torchvision_import import import_torchvision
+from utils.base.errors import UserError
+from utils.base.torchvision_import import import_torchvision
 
 SIZE = 32
 # Seconds after which a network that does not answer is given up.

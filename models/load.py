@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from models.initialise import initialise
 from models.registry import REGISTRY, build
 from models.small import check_narrowed, narrow_like
-from utils import checkpoint as checkpoints
-from utils.errors import UserError
-from utils.torchvision_import import import_torchvision
+from utils.base import checkpoint as checkpoints
+from utils.base.errors import UserError
+from utils.base.torchvision_import import import_torchvision
 
 
 def infer_options(arch: str, state_dict: dict[str, Tensor]) -> dict:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from data.sources import answers
-from utils import checkpoint as checkpoints
-from utils.errors import UserError
-from utils.torchvision_import import import_torchvision
+from utils.base import checkpoint as checkpoints
+from utils.base.errors import UserError
+from utils.base.torchvision_import import import_torchvision
 
 # The weights that papers on pruning start from (ResNet-50: 76.13 % top-1); the newer ones were trained by another recipe.
 USUAL_WEIGHTS = "IMAGENET1K_V1"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from models import resnet_cifar, vgg_cifar
-from utils.errors import UserError
+from utils.base.errors import UserError
 
 REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "resnet20": resnet_cifar.resnet20,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.resnet_cifar import BasicBlock
-from utils.errors import UserError
+from utils.base.errors import UserError
 
 
 def set_sizes(module: nn.Module) -> None:
@@ -71,7 +71,7 @@ def narrow_like(net: nn.Module, state_dict: dict[str, Tensor], pads: dict[str, i
 def pack(
     net: nn.Module, arch: str, num_classes: int, input_shape: tuple[int, ...], kept: dict[str, list[int]], **facts
 ) -> dict:
-    """The content of a small network's file, for utils.checkpoint.write; models.load makes the network of it again.
+    """The content of a small network's file, for utils.base.checkpoint.write; models.load makes the network of it again.
 
     Args:
         net: the small network.

@@ -25,14 +25,14 @@ FLAGS = ["--arch", "resnet8_dropout", "--batch_size", "16", "--k", "24", "--epoc
 FLAGS += ["--save_every", "2", "--save_path", "out"]
 # Exact points at which a run can end itself, and what it is doing there.
 POINTS = {
-    "step": ("utils.engine", "add_gradients"),
-    "evaluation": ("utils.engine", "RunningMeans.read"),
+    "step": ("utils.train.engine", "add_gradients"),
+    "evaluation": ("utils.train.engine", "RunningMeans.read"),
     "written, not on the disk": ("os", "fsync"),
     "kept twice": ("os", "link"),
     "before the renaming": ("os", "replace"),
-    "test batch": ("utils.training", "Training._stop_while_testing"),
-    "small network": ("utils.training", "make_small"),
-    "log line": ("utils.run_folder", "append_line"),
+    "test batch": ("utils.train.trainer", "Training._stop_while_testing"),
+    "small network": ("utils.train.trainer", "make_small"),
+    "log line": ("utils.train.run_folder", "append_line"),
 }
 
 
@@ -227,7 +227,7 @@ def serve() -> None:
 def _child(request: dict) -> None:
     """One run of the script; does not return."""
     import cifar10_resnet_test as script
-    from utils.errors import run_main
+    from utils.base.errors import run_main
 
     environment = request.get("environment", {})
     os.environ.update(environment)
@@ -261,7 +261,7 @@ def _child(request: dict) -> None:
 
 def _measure() -> None:
     """Writes this process's resident memory (bytes), open files and threads to `measured`, a line per complete epoch."""
-    from utils.training import Training
+    from utils.train.trainer import Training
 
     real = Training._save
 
@@ -323,11 +323,11 @@ def _watch(point: str | None, count: int, signum: int) -> None:
         for part in path:
             owner = getattr(owner, part)
         wrap(name, owner, attribute)
-    during("step", "utils.engine", "train_step")
-    during("evaluation", "utils.training", "evaluate")
-    during("save", "utils.checkpoint", "write")
-    during("small network", "utils.training", "make_small")
-    during("curves", "utils.training", "draw_curves")
+    during("step", "utils.train.engine", "train_step")
+    during("evaluation", "utils.train.trainer", "evaluate")
+    during("save", "utils.base.checkpoint", "write")
+    during("small network", "utils.train.trainer", "make_small")
+    during("curves", "utils.train.trainer", "draw_curves")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Random small networks of the operations that utils.channels knows, with random zeroed filters; and what of them is needed, by measuring."""
+"""Random small networks of the operations that utils.small.channels knows, with random zeroed filters; and what of them is needed, by measuring."""
 
 from __future__ import annotations
 

@@ -12,12 +12,12 @@ from torch import nn
 from AHSG_HT import AHSG_HT
 from models.resnet_cifar import CifarResNet
 from models.vgg_cifar import CifarVGG
-from utils import acceleration
-from utils.acceleration import Acceleration, CompiledForward, accelerate, choose_acceleration, why_no_bf16
-from utils.distillation import Distillation
-from utils.errors import UserError
-from utils.objective import cross_entropy
-from utils.small_network import make_small
+from utils.base.errors import UserError
+from utils.small.cut import make_small
+from utils.train import acceleration
+from utils.train.acceleration import Acceleration, CompiledForward, accelerate, choose_acceleration, why_no_bf16
+from utils.train.distillation import Distillation
+from utils.train.objective import cross_entropy
 
 CPU = torch.device("cpu")
 AMP = Acceleration(amp=True)
@@ -290,7 +290,7 @@ def test_mini_batches_come_in_channels_last(tree):
 
 
 def test_reusing_freed_memory_changes_no_figure():
-    from utils.device import reuse_freed_memory
+    from utils.train.device import reuse_freed_memory
 
     net = nn.Linear(2000, 2000)
     x = torch.randn(500, 2000)

@@ -12,8 +12,8 @@ import torch
 
 from data.sources import load
 from models.resnet_cifar import CifarResNet
-from utils import checkpoint as checkpoints
-from utils.errors import UserError
+from utils.base import checkpoint as checkpoints
+from utils.base.errors import UserError
 
 NAME = "checkpoint.resnet8.pth.tar"
 

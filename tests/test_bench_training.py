@@ -11,14 +11,16 @@ import data
 from AHSG_HT import AHSG_HT
 from data.augment import crop_and_flip, normalise
 from models.resnet_cifar import CifarResNet
-from utils import bench_accuracy, bench_operations, bench_training
-from utils.bench_loops import OPTIMIZER, Setup, take_share
-from utils.distillation import Distillation
-from utils.engine import train_epoch
-from utils.errors import UserError
-from utils.objective import cross_entropy
-from utils.per_filter_loop import PerFilterLoop
-from utils.release_loop import PilImages, release_loader, train_epoch_as_released
+from utils.base.errors import UserError
+from utils.bench import accuracy as bench_accuracy
+from utils.bench import operations as bench_operations
+from utils.bench import training as bench_training
+from utils.bench.loops import OPTIMIZER, Setup, take_share
+from utils.bench.original_loop import PilImages, release_loader, train_epoch_as_released
+from utils.bench.per_filter_loop import PerFilterLoop
+from utils.train.distillation import Distillation
+from utils.train.engine import train_epoch
+from utils.train.objective import cross_entropy
 
 CPU = torch.device("cpu")
 SIZES = [8, 12, 16, 3]

@@ -12,7 +12,7 @@ from PIL import Image
 
 import data
 from data import cache, sources
-from utils.errors import UserError
+from utils.base.errors import UserError
 
 NAME = ".ahsg_cache_tree_32x32.npz"
 

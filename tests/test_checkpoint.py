@@ -9,9 +9,9 @@ import torch
 
 import models
 from models.resnet_cifar import CifarResNet
-from utils import checkpoint as checkpoints
-from utils.errors import UserError
-from utils.plan import check_plan, count_zero_filters, format_plan, kept_filters, make_plan
+from utils.base import checkpoint as checkpoints
+from utils.base.errors import UserError
+from utils.small.filters import check_plan, count_zero_filters, format_plan, kept_filters, make_plan
 
 
 def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):

@@ -10,15 +10,15 @@ import pytest
 from scipy import stats
 
 from utils import compare_tables
+from utils.base.errors import UserError
+from utils.compare.order import order
+from utils.compare.own_runs import find_runs, group_runs
+from utils.compare.published import published_baseline, read_published
+from utils.compare.rows import make_rows
+from utils.compare.statistics import half_width_of_difference, summarise
 from utils.compare_tables import RESULTS, ROOT, main, readme_block, replace_block, report
-from utils.counts import papers_cut
-from utils.errors import UserError
-from utils.recipes import RECIPES
-from utils.tables.order import order
-from utils.tables.own_runs import find_runs, group_runs
-from utils.tables.published import published_baseline, read_published
-from utils.tables.rows import make_rows
-from utils.tables.statistics import half_width_of_difference, summarise
+from utils.small.counts import papers_cut
+from utils.train.recipes import RECIPES
 
 WHOLE = {"multiply_adds": 40_551_040, "parameters": 269_722}
 

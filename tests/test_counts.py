@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import models
-from utils.counts import count, multiply_adds, papers_cut, peak_activation_bytes
+from utils.small.counts import count, multiply_adds, papers_cut, peak_activation_bytes
 
 
 @pytest.mark.parametrize(

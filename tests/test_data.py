@@ -17,8 +17,8 @@ from torch import nn
 import data
 from data import DataLoader, ImageArrays, sources, synthetic
 from data.augment import crop_and_flip, draw_crops_and_flips, normalise
-from utils.errors import UserError
-from utils.torchvision_import import import_torchvision
+from utils.base.errors import UserError
+from utils.base.torchvision_import import import_torchvision
 
 MEAN, STD = [125.3 / 255, 123.0 / 255, 113.9 / 255], [63.0 / 255, 62.1 / 255, 66.7 / 255]
 SPLITS = ("train", "test")

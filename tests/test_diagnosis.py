@@ -9,8 +9,8 @@ from torch import nn
 import models.registry
 from AHSG_HT import AHSG_HT
 from models.resnet_cifar import CifarResNet
-from utils.errors import UserError
-from utils.run_lock import LOCK_NAME
+from utils.base.errors import UserError
+from utils.train.run_lock import LOCK_NAME
 
 NAME = "checkpoint.spoilt.pth.tar"
 
@@ -119,7 +119,7 @@ def test_filters_that_leave_the_plan_are_caught_at_the_mini_batch(train, monkeyp
 
 def test_a_repetition_is_exact(train, spoilt, monkeypatch):
     """What is repeated has the losses of the first time, dropout included."""
-    from utils import diagnosis, engine
+    from utils.train import diagnosis, engine
 
     losses = []
     real = engine.RunningMeans.add

@@ -10,8 +10,8 @@ from torch import nn
 
 import models
 from models.resnet_cifar import CifarResNet
-from utils.distillation import LOSSES, Distillation, KLLoss, checksum, share_classifier
-from utils.errors import UserError
+from utils.base.errors import UserError
+from utils.train.distillation import LOSSES, Distillation, KLLoss, checksum, share_classifier
 
 STUDENT = torch.tensor([[1.0, 2.0], [0.0, -3.0]])
 TEACHER = torch.tensor([[0.0, 4.0], [0.5, -3.0]])

@@ -12,13 +12,13 @@ from AHSG_HT import AHSG_HT
 from data import DataLoader, ImageArrays
 from data.synthetic import make_images
 from models.resnet_cifar import CifarResNet
-from utils import distributed
-from utils.distillation import Distillation
-from utils.engine import evaluate, train_epoch
-from utils.errors import UserError
-from utils.objective import cross_entropy
-from utils.plan import kept_filters
-from utils.training import check_same_on_all_ranks
+from utils.base.errors import UserError
+from utils.small.filters import kept_filters
+from utils.train import distributed
+from utils.train.distillation import Distillation
+from utils.train.engine import evaluate, train_epoch
+from utils.train.objective import cross_entropy
+from utils.train.trainer import check_same_on_all_ranks
 
 CPU = torch.device("cpu")
 # Of the two shares of the last mini-batch one is empty, others differ in size.

@@ -9,11 +9,11 @@ import subprocess
 import pytest
 import torch
 
-from utils import checkpoint as checkpoints
-from utils import files
-from utils.errors import UserError
-from utils.files import append_line, end_last_line
-from utils.run_folder import METRICS, RunFolder
+from utils.base import checkpoint as checkpoints
+from utils.base import files
+from utils.base.errors import UserError
+from utils.base.files import append_line, end_last_line
+from utils.train.run_folder import METRICS, RunFolder
 
 NAME = "checkpoint.resnet8.pth.tar"
 
@@ -110,7 +110,7 @@ def test_other_files_that_cannot_be_written_are_one_line(train, monkeypatch, wha
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if what == "append_line":
-        monkeypatch.setattr("utils.run_folder.append_line", full)
+        monkeypatch.setattr("utils.train.run_folder.append_line", full)
     else:
         monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UserError, match=r"cannot write.*No space left") as caught:

@@ -13,10 +13,10 @@ import models
 from data import DataLoader, ImageFiles, load_imagenet
 from data.image_files import MEAN, STD, BadImage, UnreadableFile, draw_part, image_generator
 from models import pretrained
-from utils.distillation import Distillation
-from utils.errors import UserError
-from utils.observe import observe
-from utils.torchvision_import import import_torchvision
+from utils.base.errors import UserError
+from utils.base.torchvision_import import import_torchvision
+from utils.train.distillation import Distillation
+from utils.train.observe import observe
 
 NAME = "checkpoint.resnet18.pth.tar"
 SIZE = 64

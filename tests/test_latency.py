@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from utils import get_small_model, latency
-from utils.errors import UserError
-from utils.latency import Timing, median_and_spread, take_turns, verdict
+from utils import get_small_model
+from utils.base.errors import UserError
+from utils.bench import latency
+from utils.bench.latency import Timing, median_and_spread, take_turns, verdict
 
 TIMING = Timing("cpu", 128, dense=2.0, dense_spread=0.1, small=1.0, small_spread=0.1, ratio=2.1)
 

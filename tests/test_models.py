@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
-from utils.errors import UserError
-from utils.torchvision_import import import_torchvision
+from utils.base.errors import UserError
+from utils.base.torchvision_import import import_torchvision
 
 RELEASED = Path(__file__).parents[2] / "shared" / "released" / "best.cifar10_resnet20.pth.tar"
 RESNETS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}  # blocks per stage

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import AHSG_HT as ahsg_module
 from AHSG_HT import AHSG_HT
-from utils.bench_optimizer import OPTIMIZERS, build_net, one_step, parameters_with_gradients
+from utils.bench.optimizer import OPTIMIZERS, build_net, one_step, parameters_with_gradients
 
 META = torch.device("meta")
 LAYOUTS = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.errors import run_main
+from utils.base.errors import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [name for name in ("cifar10_resnet_test", "imagenet_resnet_test") if importlib.util.find_spec(name)]

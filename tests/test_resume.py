@@ -7,11 +7,11 @@ import torch
 
 import cifar10_resnet_test as script
 import models
-from utils import checkpoint as checkpoints
-from utils.errors import UserError, run_main
-from utils.experiment import build_optimizer
-from utils.optimizer_state import restore_optimizer
-from utils.run_folder import RunFolder
+from utils.base import checkpoint as checkpoints
+from utils.base.errors import UserError, run_main
+from utils.train.experiment import build_optimizer
+from utils.train.optimizer_state import restore_optimizer
+from utils.train.run_folder import RunFolder
 
 NAME = "checkpoint.resnet8.pth.tar"
 

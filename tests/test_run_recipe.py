@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import data
-from utils import run_recipe
+from utils.base.errors import UserError
+from utils.compare.published import published_rows
 from utils.compare_tables import comparison_line
-from utils.errors import UserError
-from utils.experiment import run_name
-from utils.tables.published import published_rows
+from utils.jobs import run_recipe
+from utils.train.experiment import run_name
 
 ROOT = Path(__file__).resolve().parent.parent
 

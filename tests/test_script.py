@@ -15,12 +15,12 @@ import torch
 
 import cifar10_resnet_test as script
 import data
-from utils import experiment
-from utils.engine import evaluate
-from utils.errors import UserError
-from utils.plan import kept_filters
-from utils.recipes import fit_schedule, learning_rate_at
-from utils.training import Training
+from utils.base.errors import UserError
+from utils.small.filters import kept_filters
+from utils.train import experiment
+from utils.train.engine import evaluate
+from utils.train.recipes import fit_schedule, learning_rate_at
+from utils.train.trainer import Training
 
 ROOT = Path(__file__).resolve().parent.parent
 RESNET8_FILTERS = [16, 16, 16, 32, 32, 64, 64]

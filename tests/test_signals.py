@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
-from utils import experiment, signals
-from utils.errors import run_main
-from utils.resume import resume_command
-from utils.run_lock import RunLock, check_free
-from utils.signals import Stopped, StopRequest
+from utils.base import signals
+from utils.base.errors import run_main
+from utils.base.signals import Stopped, StopRequest
+from utils.train import experiment
+from utils.train.resume import resume_command
+from utils.train.run_lock import RunLock, check_free
 
 
 def test_at_once_or_when_asked():
@@ -79,7 +80,7 @@ def test_on_several_machines_the_command_names_where_they_meet(monkeypatch):
 
 
 def test_a_lock_dies_with_its_process_however_that_ended(tmp_path):
-    code = f"from pathlib import Path; from utils.run_lock import RunLock; lock = RunLock(Path({str(tmp_path)!r})); print(1, flush=True); input()"
+    code = f"from pathlib import Path; from utils.train.run_lock import RunLock; lock = RunLock(Path({str(tmp_path)!r})); print(1, flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         for lock in (check_free, RunLock):

@@ -12,16 +12,16 @@ from random_nets import SIZE, RandomNet, needed_labels, zero_filters
 from torch import nn
 
 import models
-import utils.small_network as small_network
+import utils.small.cut as small_network
 from AHSG_HT import AHSG_HT, hard_threshold
 from models.resnet_cifar import CifarResNet, OptionA
 from models.small import narrow_like, pack
-from utils import checkpoint as checkpoints
 from utils import get_small_model
-from utils.counts import count
-from utils.errors import UserError
-from utils.small_network import make_small
-from utils.torchvision_import import import_torchvision
+from utils.base import checkpoint as checkpoints
+from utils.base.errors import UserError
+from utils.base.torchvision_import import import_torchvision
+from utils.small.counts import count
+from utils.small.cut import make_small
 
 RELEASED = Path(__file__).parents[2] / "shared" / "released" / "best.cifar10_resnet20.pth.tar"
 

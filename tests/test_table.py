@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 import cifar10_resnet_test as script
-from utils import table
-from utils.errors import UserError
-from utils.tables import hours, side_by_side
-from utils.tables.hours import Speed
-from utils.tables.own_runs import find_runs
-from utils.tables.plan import METHODS, make_plan, state
-from utils.tables.side_by_side import SideBySide
+from utils.base.errors import UserError
+from utils.compare import side_by_side
+from utils.compare.own_runs import find_runs
+from utils.compare.side_by_side import SideBySide
+from utils.jobs import hours, table
+from utils.jobs.hours import Speed
+from utils.jobs.table_plan import METHODS, make_plan, state
 
 # Behaves as the training script does towards the table, in a few milliseconds: FAIL and SLEEP name parts of folders.
 FAKE = """

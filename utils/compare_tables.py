@@ -17,16 +17,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.errors import UserError, run_main
-from utils.files import replace_file
-from utils.options import OneLineParser
-from utils.run_folder import RUNS
-from utils.tables.formats import FORMATS, markdown_table, with_interval
-from utils.tables.order import order
-from utils.tables.own_runs import ROOT, find_runs, group_runs, init, not_comparable, odd_data, show_path
-from utils.tables.picture import draw_accuracy
-from utils.tables.published import published_rows, read_published
-from utils.tables.rows import against_published, make_rows, own_row
+from utils.base.errors import UserError, run_main
+from utils.base.files import replace_file
+from utils.compare.formats import FORMATS, markdown_table, with_interval
+from utils.compare.order import order
+from utils.compare.own_runs import ROOT, find_runs, group_runs, init, not_comparable, odd_data, show_path
+from utils.compare.picture import draw_accuracy
+from utils.compare.published import published_rows, read_published
+from utils.compare.rows import against_published, make_rows, own_row
+from utils.train.options import OneLineParser
+from utils.train.run_folder import RUNS
 
 RESULTS = ROOT / "results"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"

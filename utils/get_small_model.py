@@ -20,15 +20,15 @@ from torch import Tensor, nn
 import data
 import models
 from models.small import pack
-from utils import checkpoint as checkpoints
-from utils.counts import Counts, count
-from utils.device import flush_denormals
-from utils.errors import UserError, run_main
-from utils.files import replace_file
-from utils.options import OneLineParser
-from utils.options import count as whole_number
-from utils.run_folder import check_writable
-from utils.small_network import Report, make_small
+from utils.base import checkpoint as checkpoints
+from utils.base.errors import UserError, run_main
+from utils.base.files import replace_file
+from utils.small.counts import Counts, count
+from utils.small.cut import Report, make_small
+from utils.train.device import flush_denormals
+from utils.train.options import OneLineParser
+from utils.train.options import count as whole_number
+from utils.train.run_folder import check_writable
 
 EVALUATION_BATCH = 500
 # Real images on which masked and small network are compared, where there is data.

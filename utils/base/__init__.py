@@ -1,0 +1,1 @@
+"""Ground floor: errors, signals, files, checkpoints, the torchvision import. Imports nothing of this project."""

@@ -1,0 +1,1 @@
+"""Benchmarks: the training loop, the optimizer, latency of small networks."""

@@ -1,0 +1,1 @@
+"""Own and published results side by side."""

@@ -1,0 +1,161 @@
+"""What makes a training run fast without changing what it computes: number format, compilation, memory. Chosen by device and printed.
+
+`--amp` computes convolutions and matrix products in bfloat16 (torch.autocast); weights, momentum, filter norms, BatchNorm
+statistics and losses stay float32, and no gradient scaling is needed. `--compile` fuses what lies between the convolutions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from utils.base.errors import UserError
+from utils.train.distillation import Distillation
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """How a run computes; `notes` say what was asked for and is not done."""
+
+    amp: bool = False
+    compile: bool = False
+    deterministic: bool = False
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One line for the log."""
+        return (
+            f"arithmetic: {'bfloat16 autocast' if self.amp else 'float32'}, {'compiled' if self.compile else 'eager'}, channels_last"
+            f"{', deterministic' if self.deterministic else ''}"
+        )
+
+
+def choose_acceleration(args: argparse.Namespace, device: torch.device) -> Acceleration:
+    """What --amp, --compile and --deterministic mean on a device.
+
+    --amp is the default on GPUs that compute in bfloat16. CPUs default to float32: with AVX-512 instructions alone a training
+    step of ResNet-20 took 1.4 times as long in bfloat16.
+
+    Raises:
+        UserError: --compile where there is no compiler.
+    """
+    missing = why_no_bf16(device)
+    amp, notes = args.amp, []
+    if amp and missing:
+        amp, notes = False, [f"note: --amp is left out: {missing}"]
+    if amp is None:
+        amp = device.type == "cuda" and not missing
+    if args.compile:
+        check_compiler(device)
+    return Acceleration(amp, args.compile, args.deterministic, tuple(notes))
+
+
+def why_no_bf16(device: torch.device) -> str | None:
+    """Why a device does not compute in bfloat16 in its hardware; None where it does."""
+    if device.type == "cuda":
+        # is_bf16_supported() also counts emulation, which is slow.
+        major, minor = torch.cuda.get_device_capability(device)
+        fits = torch.version.hip is not None or major >= 8
+        return None if fits else f"this GPU (compute capability {major}.{minor}) has no bfloat16 arithmetic, 8.0 has"
+    if device.type != "cpu":
+        return f"bfloat16 is not used on {device.type}"
+    # Private names of torch, some of which older versions lack.
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    known = [getattr(torch.cpu, name) for name in names if hasattr(torch.cpu, name)]
+    fits = any(has() for has in known) if known else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return None if fits else "this CPU has neither AVX512_BF16 nor AMX"
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises UserError where torch.compile would find nothing to compile with."""
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
+    if not any(shutil.which(name.split()[0]) for name in compilers):
+        raise UserError(
+            f"--compile needs a C++ compiler ({' or '.join(compilers)}), none is here; install one or leave --compile out"
+        )
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise UserError("--compile needs the package triton on a GPU; install it or leave --compile out")
+
+
+def make_deterministic() -> None:
+    """Only algorithms that give the same bits in every run; torch names an operation that has none in a warning.
+
+    On a CPU every run is so for one number of threads. Call it before the first computation on a GPU.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+
+
+def fewest_compiled(largest: int) -> int:
+    """Size from which mini-batches go through the compiled network, so that one compilation serves them all.
+
+    torch compiles anew on either side of 1 image (a constant to it), of 16 (its choice of a convolution kernel asks for so many) and,
+    on a CPU, where a sum over a channel passes 4096 numbers, which is at 64 images of 8x8 pixels. What is smaller is an epoch's first
+    mini-batch, or its last one, and runs uncompiled.
+    """
+    return 65 if largest > 64 else 16
+
+
+class CompiledForward:
+    """A network's forward pass through torch.compile, compiled once for mini-batches of every size from `fewest` on.
+
+    The network itself is left as it is, so that checkpoints, tracing and copies of it do not notice.
+    """
+
+    def __init__(self, net: nn.Module, fewest: int):
+        self.net = net
+        self.fewest = fewest
+        self.compiled = torch.compile(net)
+
+    def __call__(self, images: Tensor, **options):
+        if len(images) < self.fewest:
+            return self.net(images, **options)
+        # "maybe": where a network does depend on the size, it is compiled again rather than refused.
+        torch._dynamo.maybe_mark_dynamic(images, 0)
+        return self.compiled(images, **options)
+
+
+class FastObjective:
+    """An objective (utils.train.objective) computed in bfloat16, compiled, or both.
+
+    Args:
+        net: the network that the objective is called with.
+        objective: a Distillation has its teacher compiled, too.
+        largest: images of the largest mini-batch.
+    """
+
+    def __init__(self, net: nn.Module, objective: Callable, device: torch.device, how: Acceleration, largest: int):
+        self.objective = objective
+        self.device = device
+        self.amp = how.amp
+        self.forward = net
+        if how.compile:
+            self.forward = CompiledForward(net, fewest_compiled(largest))
+            if isinstance(objective, Distillation):
+                objective.ask_teacher = CompiledForward(objective.teacher, fewest_compiled(largest))
+
+    @property
+    def adapters(self) -> nn.Module | None:
+        return getattr(self.objective, "adapters", None)
+
+    def __call__(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            return self.objective(self.forward, images, labels)
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def accelerate(net: nn.Module, objective: Callable, device: torch.device, how: Acceleration, largest: int) -> Callable:
+    """The objective as `how` computes it; see FastObjective."""
+    return FastObjective(net, objective, device, how, largest) if how.amp or how.compile else objective

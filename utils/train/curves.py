@@ -1,0 +1,46 @@
+"""The picture of a run: accuracy and loss over the epochs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+from utils.base.files import replace_file
+
+
+def draw_curves(history: list[dict], title: str, path: Path) -> None:
+    """Writes a PNG with top-1 accuracy on the left and loss on the right, training and test.
+
+    Args:
+        history: rows of metrics.csv.
+        title: above both.
+        path: of the PNG.
+    """
+    epochs = [row["epoch"] for row in history]
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for panel, kind, label in zip(panels, ("acc", "loss"), ("top-1 accuracy (%)", "loss"), strict=True):
+        for split in ("train", "test"):
+            values = [row[f"{split}_{kind}"] for row in history]
+            name = {"train": "training", "test": "test"}[split]
+            panel.plot(
+                epochs,
+                values,
+                marker="o" if len(epochs) <= 30 else None,
+                markersize=3,
+                label=f"{name}, last {values[-1]:.2f}",
+            )
+        panel.set(xlabel="epoch", ylabel=label)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.suptitle(title)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    plt.close(figure)
+    replace_file(path, picture.getvalue())

@@ -1,0 +1,50 @@
+"""Momentum and x_{t-1} out of a checkpoint, of this project or of AHSG-HT's release, into the optimizer of a run."""
+
+from __future__ import annotations
+
+import torch
+
+from utils.base.errors import UserError
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str) -> None:
+    """Takes momentum and x_{t-1} from a saved optimizer; options (learning rate, HTrate, ...) stay those of this run.
+
+    Raises:
+        UserError: the saved optimizer is of other parameters.
+    """
+    saved = _prev_data_in_state(saved)
+    options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(saved)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"the optimizer saved in '{path}' does not fit this run ({error}); a distilled run with adapters needs its --teacher"
+        ) from None
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        params = group["params"]
+        group.clear()
+        group.update(own, params=params)
+    for p, state in optimizer.state.items():
+        for name, value in list(state.items()):
+            if name not in ("momentum_buffer", "prev_data") or not isinstance(value, torch.Tensor):
+                # Of another optimizer.
+                del state[name]
+            elif value.shape != p.shape:
+                raise UserError(
+                    f"'{name}' saved in '{path}' has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}"
+                )
+            else:
+                # In the parameter's memory layout, or every step would take the slow path.
+                state[name] = torch.empty_like(p, requires_grad=False).copy_(value)
+
+
+def _prev_data_in_state(saved: dict) -> dict:
+    """AHSG-HT's release kept prev_data as a list in each parameter group; here it is per-parameter state."""
+    groups, state = [], {key: dict(value) for key, value in saved.get("state", {}).items() if isinstance(value, dict)}
+    for group in saved.get("param_groups", []):
+        group = dict(group)
+        for key, prev in zip(group.get("params", []), group.pop("prev_data", []), strict=False):
+            state.setdefault(key, {})["prev_data"] = prev
+        groups.append(group)
+    return {"state": state, "param_groups": groups}
