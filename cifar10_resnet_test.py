@@ -103,7 +103,7 @@ def build_network(args: argparse.Namespace, num_classes: int, checkpoint: dict |
     if checkpoint is None:
         options = {"head_width": args.head_width} if args.head_width else {}
         return models.build(args.student, num_classes=num_classes, **options)
-    classes = models.infer_options(args.student, checkpoint["state_dict"])["num_classes"]
+    classes = models.build_like(checkpoint, args.student, args.resume).num_classes
     if classes != num_classes:
         raise UserError(
             f"'{args.resume}' tells {classes} classes apart, the data has {num_classes}; "

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +23,10 @@ from data.images import ImageArrays
 from data.synthetic import CLASSES as SYNTHETIC_CLASSES
 from data.synthetic import make_images
 from utils.base.errors import UserError
+from utils.base.files import PROBE_SECONDS, answers
 from utils.base.torchvision_import import import_torchvision
 
 SIZE = 32
-# Seconds after which a network that does not answer is given up.
-PROBE_SECONDS = 15
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
@@ -175,24 +172,6 @@ def _download(name: str, path: Path, spec: Spec) -> Path:
     finally:
         socket.setdefaulttimeout(previous)
     return path
-
-
-def answers(url: str) -> bool:
-    """Whether a server begins to answer within PROBE_SECONDS. In a thread, as name look-ups obey no timeout."""
-    answered = threading.Event()
-
-    def probe():
-        try:
-            request = urllib.request.Request(url, method="HEAD")
-            with urllib.request.urlopen(request, timeout=PROBE_SECONDS):
-                answered.set()
-        except (OSError, ValueError):
-            pass
-
-    thread = threading.Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return answered.is_set()
 
 
 def _read_torchvision_files(root: Path, name: str, spec: Spec) -> Arrays:

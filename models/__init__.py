@@ -2,52 +2,22 @@
 
 models.resnet20(num_classes=10)         # every name of the registry is also a function of this package
 models.build("vgg16_bn", num_classes=100)
-models.load("best.resnet20.pth.tar")    # a ready network from any checkpoint of the project, a released one, or a small network's file
+models.load("best.resnet20.pth.tar")    # a ready network from a checkpoint of this project or of others
 """
 
 from models.initialise import initialise
-from models.load import (
-    build_like,
-    build_torchvision,
-    build_with_widths,
-    check_torchvision_arch,
-    infer_options,
-    input_shape,
-    is_torchvisions,
-    load,
-    load_with_name,
-)
-from models.registry import REGISTRY, build, check_arch
-from models.resnet_cifar import resnet20, resnet32, resnet44, resnet56, resnet110
+from models.load import build_like, build_with_widths, input_shape, load, load_checkpoint, load_with_name
+from models.normalisation import renormalise
+from models.registry import REGISTRY, build, build_torchvision, check_arch, check_torchvision_arch, is_torchvisions
 from models.small import narrow_like
-from models.vgg_cifar import vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
 
-__all__ = [
-    "REGISTRY",
-    "build",
-    "build_like",
-    "build_torchvision",
-    "build_with_widths",
-    "check_arch",
-    "check_torchvision_arch",
-    "infer_options",
-    "initialise",
-    "input_shape",
-    "is_torchvisions",
-    "load",
-    "load_with_name",
-    "narrow_like",
-    "resnet20",
-    "resnet32",
-    "resnet44",
-    "resnet56",
-    "resnet110",
-    "vgg11",
-    "vgg11_bn",
-    "vgg13",
-    "vgg13_bn",
-    "vgg16",
-    "vgg16_bn",
-    "vgg19",
-    "vgg19_bn",
-]
+__all__ = ["REGISTRY", "build", "build_like", "build_torchvision", "build_with_widths", "check_arch"]
+__all__ += ["check_torchvision_arch", "initialise", "input_shape", "is_torchvisions", "load", "load_checkpoint"]
+__all__ += ["load_with_name", "narrow_like", "renormalise"]
+
+
+def __getattr__(name: str):
+    """models.resnet20 and so on."""
+    if name in REGISTRY:
+        return REGISTRY[name]
+    raise AttributeError(f"module 'models' has no attribute '{name}'")

@@ -10,8 +10,8 @@ from torch import nn
 def initialise(net: nn.Module) -> nn.Module:
     """Draws new weights in place and returns the network.
 
-    Convolutions N(0, sqrt(2/(kh*kw*C_out))) (He et al., "Delving Deep into Rectifiers", ICCV 2015, by fan-out), linear layers
-    Kaiming-normal, biases 0, BatchNorm 1 and 0 with fresh running statistics.
+    Convolutions N(0, sqrt(2/(kh*kw*C_out))) (He et al., "Delving Deep into Rectifiers", ICCV 2015, by fan-out), linear
+    layers Kaiming-normal, biases 0, BatchNorm 1 and 0 with fresh running statistics.
     """
     for module in net.modules():
         if isinstance(module, nn.Conv2d):

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data.sources import answers
+from models.load import last_layer
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
+from utils.base.files import answers
 from utils.base.torchvision_import import import_torchvision
 
-# The weights that papers on pruning start from (ResNet-50: 76.13 % top-1); the newer ones were trained by another recipe.
+# The weights that papers on pruning start from (ResNet-50: 76.13 % top-1); newer ones come of another recipe.
 USUAL_WEIGHTS = "IMAGENET1K_V1"
 # Heads that only help training, which networks built here do not have.
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
@@ -38,17 +39,11 @@ def load_pretrained(net: nn.Module, arch: str, file: str | None) -> str:
         weights, source = checkpoints.read(file)["state_dict"], f"'{file}'"
     own = net.state_dict()
     weights = {name: value for name, value in weights.items() if not name.startswith(AUXILIARY)}
-    head = [name for name in _last_layer(net) if name in weights and weights[name].shape != own[name].shape]
-    for name in head:
-        weights[name] = own[name]
+    head = [f"{last_layer(net)}.{end}" for end in ("weight", "bias")]
+    other = [name for name in head if name in weights and weights[name].shape != own[name].shape]
+    weights.update({name: own[name] for name in other})
     checkpoints.load_weights(net, weights, file or f"torchvision's {arch}")
-    return f"{source}, except the last layer, which has another number of classes" if head else source
-
-
-def _last_layer(net: nn.Module) -> list[str]:
-    """Names of the parameters of the last layer."""
-    *_, (name, layer) = ((n, m) for n, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
-    return [f"{name}.{parameter}" for parameter, _ in layer.named_parameters()]
+    return f"{source}, except the last layer, which has another number of classes" if other else source
 
 
 def _torchvisions_weights(arch: str) -> tuple[dict[str, Tensor], str]:

@@ -1,7 +1,7 @@
 """ResNet for 32x32 images (He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2).
 
-Three stages of basic blocks with 16, 32 and 64 channels and parameter-free shortcuts (option A: subsample, then append zero
-channels). State-dict names are those of soft filter pruning and of AHSG-HT's release, so that their checkpoints load.
+Three stages of basic blocks with 16, 32 and 64 channels and parameter-free shortcuts (option A: subsample, then append
+zero channels). State-dict names are those of soft filter pruning and of AHSG-HT's release: their checkpoints load.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class OptionA(nn.Module):
         self.new_channels = new_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        # A pooling window of one pixel takes every second pixel too, and unlike x[:, :, ::2, ::2] its gradient is channels_last where
-        # x is: one contiguous gradient made the ReLU before it ten times slower on a CPU.
+        # A pooling window of one pixel takes every second pixel too, and unlike x[:, :, ::2, ::2] its gradient is
+        # channels_last where x is: one contiguous gradient made the ReLU before it ten times slower on a CPU.
         return F.pad(F.avg_pool2d(x, 1, 2), (0, 0, 0, 0, 0, self.new_channels))
 
 
@@ -49,8 +49,8 @@ class CifarResNet(nn.Module):
     Args:
         depth: 6n + 2 layers, n blocks per stage.
         num_classes: width of the output.
-        head_width: None for one linear layer `classifier`; a number for the head of the released checkpoints, two linear layers
-            `classifier1` (64 -> head_width) and `classifier2` with no activation between them.
+        head_width: None for one linear layer `classifier`; a number for the head of the released checkpoint, two linear
+            layers `classifier1` (64 -> head_width) and `classifier2` with no activation between them.
 
     Shapes: images (B, 3, H, W) to logits (B, num_classes); H = W = 32 in the papers.
     """
@@ -74,6 +74,12 @@ class CifarResNet(nn.Module):
         self._two_layers = head_width is not None
         initialise(self)
 
+    @staticmethod
+    def options_of(state_dict: dict[str, Tensor]) -> dict:
+        """The options, beside depth and num_classes, of the network that these weights are of."""
+        hidden = state_dict.get("classifier1.weight")
+        return {"head_width": len(hidden)} if hidden is not None and hidden.dim() else {}
+
     def forward(self, x: Tensor, return_features: bool = False):
         """Logits; with return_features (logits, features (B, 64) after pooling, [stage outputs (B, C, H, W)])."""
         stages = [F.relu(self.bn_1(self.conv_1_3x3(x)), inplace=True)]
@@ -88,23 +94,3 @@ class CifarResNet(nn.Module):
 def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
     first = BasicBlock(in_channels, channels, stride)
     return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
-
-
-def resnet20(num_classes: int = 10, **options) -> CifarResNet:
-    return CifarResNet(20, num_classes, **options)
-
-
-def resnet32(num_classes: int = 10, **options) -> CifarResNet:
-    return CifarResNet(32, num_classes, **options)
-
-
-def resnet44(num_classes: int = 10, **options) -> CifarResNet:
-    return CifarResNet(44, num_classes, **options)
-
-
-def resnet56(num_classes: int = 10, **options) -> CifarResNet:
-    return CifarResNet(56, num_classes, **options)
-
-
-def resnet110(num_classes: int = 10, **options) -> CifarResNet:
-    return CifarResNet(110, num_classes, **options)

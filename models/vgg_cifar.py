@@ -72,15 +72,3 @@ class CifarVGG(nn.Module):
         logits = self.classifier(features)
         # "is True": a tracer's stand-in for the argument is not True, so torch.fx traces the plain network.
         return (logits, features, stages) if return_features is True else logits
-
-
-def _builder(depth: int, batch_norm: bool):
-    def build(num_classes: int = 10) -> CifarVGG:
-        return CifarVGG(depth, num_classes, batch_norm)
-
-    build.__name__ = build.__qualname__ = f"vgg{depth}{'_bn' if batch_norm else ''}"
-    return build
-
-
-vgg11, vgg13, vgg16, vgg19 = (_builder(depth, False) for depth in STAGES)
-vgg11_bn, vgg13_bn, vgg16_bn, vgg19_bn = (_builder(depth, True) for depth in STAGES)

@@ -583,7 +583,7 @@ def test_download_goes_to_the_data_path(tv_cifar10, tmp_path, monkeypatch):
 
 def test_server_that_never_answers_is_given_up(tmp_path, monkeypatch):
     """It accepts the connection on this machine and says nothing."""
-    monkeypatch.setattr(sources, "PROBE_SECONDS", 0.3)
+    monkeypatch.setattr("utils.base.files.PROBE_SECONDS", 0.3)
     monkeypatch.setenv("no_proxy", "*")
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/cifar.tar.gz"
@@ -595,7 +595,7 @@ def test_server_that_never_answers_is_given_up(tmp_path, monkeypatch):
 
 def test_name_look_up_that_hangs_is_given_up(monkeypatch):
     """Look-ups obey no socket timeout."""
-    monkeypatch.setattr(sources, "PROBE_SECONDS", 0.3)
+    monkeypatch.setattr("utils.base.files.PROBE_SECONDS", 0.3)
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: time.sleep(3) or [])
     begin = time.monotonic()

@@ -1,4 +1,4 @@
-"""Checkpoints: plain tensors, numbers and strings, written so that a crash leaves the previous file, read without executing anything."""
+"""Checkpoints: plain tensors, numbers and strings; a crash leaves the previous file, and reading one runs no code."""
 
 from __future__ import annotations
 
@@ -7,27 +7,33 @@ import math
 import os
 import random
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.base.checkpoint_entries import first_odd_entry
-from utils.base.declared_sizes import Damaged, Unsafe, check_file
 from utils.base.errors import UserError
 from utils.base.files import replace_file
 
-# Marks files of this project; what only they hold (settings, metrics, random states) is read from them alone.
+# Marks files of this project.
 FORMAT = "ahsg-ht 1"
+# Entries and their types.
+NUMBER = (int, float)
+TYPES = {
+    **{"arch": str, "epoch": int, "best_prec1": NUMBER, "optimizer": dict, "dataset": str, "library": str},
+    **{"num_classes": int, "input_shape": list, "normalisation": dict, "kept": dict, "pads": dict, "adapters": dict},
+    **{"settings": dict, "history": list, "loader": dict, "random_states": dict, "running_means": dict},
+}
+# What is read of files of other projects.
+FROM_OTHERS = ("arch", "epoch", "best_prec1", "optimizer")
 
 
 def write(checkpoint: dict, *paths: str | os.PathLike, keep: Path | None = None) -> None:
-    """Writes one checkpoint to each of the paths: to a temporary file beside it, flushed to the disk, then renamed.
+    """Writes a checkpoint of plain values and tensors to each of the paths.
 
     Args:
-        checkpoint: plain values and tensors.
-        paths: of the files.
         keep: where the file that the last path had before goes.
 
     Raises:
@@ -40,11 +46,10 @@ def write(checkpoint: dict, *paths: str | os.PathLike, keep: Path | None = None)
 
 
 def read(path: str | os.PathLike) -> dict:
-    """A checkpoint as a dict with at least "state_dict", tensors on the CPU.
+    """A checkpoint as a dict with at least "state_dict", tensors on the CPU; nothing in it is executed (weights_only).
 
-    A bare state dict is wrapped, a `module.` prefix of the names is taken off; of files of others the entries arch, epoch,
-    best_prec1 and optimizer are kept where they are what their names say. Only tensors and plain values are read
-    (torch's weights_only), so a file from others cannot run code; sizes and checksums are compared before that.
+    A bare state dict is wrapped, a `module.` prefix of the names removed. Of files of other projects, as AHSG-HT's
+    release and soft filter pruning, arch, epoch, best_prec1 and optimizer are kept where they are of the expected type.
 
     Raises:
         UserError: missing, damaged, unsafe, or no checkpoint.
@@ -53,76 +58,71 @@ def read(path: str | os.PathLike) -> dict:
     if not path.is_file():
         raise UserError(f"no checkpoint at '{path}'; check the path")
     try:
-        check_file(path)
+        _check_archive(path)
         with warnings.catch_warnings():
-            # torch warns of odd pickle protocols before it refuses or reads them.
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # torch warns of pickle protocols that it then refuses or reads
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Unsafe as error:
-        raise UserError(
-            f"'{path}' holds more than tensors and plain values ({error}) and is not read, as it could run code"
-        ) from None
     except Exception as error:  # a damaged file makes the reader raise whatever its bytes lead to
-        reason = str(error) if isinstance(error, Damaged) else type(error).__name__
+        if "Unsupported" in str(error):
+            raise UserError(f"'{path}' holds more than tensors and plain values; it could run code") from None
+        reason = error if isinstance(error, zipfile.BadZipFile) else type(error).__name__
         raise UserError(f"'{path}' is damaged or is no PyTorch checkpoint ({reason}); use an intact copy") from None
-    if (
-        isinstance(content, dict)
-        and "state_dict" not in content
-        and content
-        and all(isinstance(v, Tensor) for v in content.values())
-    ):
+    content = content if isinstance(content, dict) else {}
+    if "state_dict" not in content and all(isinstance(value, Tensor) for value in content.values()):
         content = {"state_dict": content}
-    weights = content.get("state_dict") if isinstance(content, dict) else None
-    if (
-        not isinstance(weights, dict)
-        or not weights
-        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items())
-    ):
+    weights = content.get("state_dict")
+    if not weights or not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise UserError(f"'{path}' is no checkpoint: it has no state_dict of tensors")
+    for name, value in weights.items():
+        # A view may claim any size: stride 0 repeats one number, and dimensions without entries take no memory.
+        dense = isinstance(value, Tensor) and value.device.type == "cpu" and value.layout == torch.strided
+        if not dense or not 0 < value.nbytes <= value.untyped_storage().nbytes() <= path.stat().st_size:
+            raise UserError(f"'{path}' is damaged or is no checkpoint: '{name}' in its state_dict is no intact tensor")
     if all(name.startswith("module.") for name in weights):
         content["state_dict"] = {name.removeprefix("module."): value for name, value in weights.items()}
-    if content.get("format") != FORMAT and not _is_from_before_the_mark(content):
-        return _entries_of_others(content)
-    odd = first_odd_entry(content)
-    if odd is not None:
-        raise UserError(f"'{path}' says that it is of this project, but its {odd} is not; use an intact copy")
+    for name in FROM_OTHERS:
+        if isinstance(content.get(name), Tensor) and content[name].numel() == 1:
+            content[name] = content[name].item()
+    present = [name for name in TYPES if name in content]
+    unfit = [name for name in present if not _fits(name, content)]
+    if content.get("format") != FORMAT:
+        kept = {name: content[name] for name in present if name in FROM_OTHERS and name not in unfit}
+        return {"state_dict": content["state_dict"], **kept}
+    if unfit:
+        raise UserError(f"entry '{unfit[0]}' in '{path}' is not what this project writes; use an intact copy")
     return content
+
+
+def _check_archive(path: Path) -> None:
+    """Raises BadZipFile where a zip file has a wrong checksum, which torch does not compare, or unpacks to more."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise zipfile.BadZipFile("its entries are larger than the file")
+            if broken := archive.testzip():
+                raise zipfile.BadZipFile(f"wrong checksum in entry '{broken}'")
+
+
+def _fits(name: str, content: dict) -> bool:
+    """Whether an entry has its type and, where sizes are taken from it, a possible value."""
+    value = content[name]
+    if not isinstance(value, TYPES[name]):
+        return False
+    if name == "num_classes":
+        return any(value in weight.shape for weight in content["state_dict"].values())
+    if name == "input_shape":
+        return len(value) == 3 and all(type(n) is int and 0 < n <= 4096 for n in value)
+    if name == "normalisation":
+        lists = [value.get("mean"), value.get("std")]
+        return all(isinstance(numbers, list) and all(isinstance(n, float) for n in numbers) for numbers in lists)
+    if name == "optimizer":
+        return isinstance(value.get("state"), dict) and isinstance(value.get("param_groups"), list)
+    return not isinstance(value, NUMBER) or 0 <= value < math.inf
 
 
 def progress(checkpoint: dict) -> tuple[int, int]:
     """How far a checkpoint is: complete epochs, and mini-batches of the epoch under way."""
     return checkpoint.get("epoch", 0), checkpoint.get("loader", {}).get("position", 0)
-
-
-def _is_from_before_the_mark(content: dict) -> bool:
-    """Whether a file without a mark is a training checkpoint of this project's first versions, which wrote the same entries."""
-    settings = content.get("settings")
-    return (
-        "format" not in content
-        and isinstance(settings, dict)
-        and {"recipe", "HTrate", "manualSeed"} <= settings.keys()
-        and first_odd_entry(content) is None
-    )
-
-
-def _entries_of_others(content: dict) -> dict:
-    """What a checkpoint of another project may say, each entry only where it is of the expected kind."""
-    kept = {"state_dict": content["state_dict"]}
-    if isinstance(content.get("arch"), str):
-        kept["arch"] = content["arch"]
-    for name in ("epoch", "best_prec1"):
-        value = content.get(name)
-        value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-        if isinstance(value, (int, float)) and math.isfinite(value) and value >= 0:
-            kept[name] = int(value) if name == "epoch" else float(value)
-    optimizer = content.get("optimizer")
-    if (
-        isinstance(optimizer, dict)
-        and isinstance(optimizer.get("state"), dict)
-        and isinstance(optimizer.get("param_groups"), list)
-    ):
-        kept["optimizer"] = optimizer
-    return kept
 
 
 def load_weights(net: nn.Module, state_dict: dict[str, Tensor], path: str | os.PathLike) -> None:
@@ -131,21 +131,17 @@ def load_weights(net: nn.Module, state_dict: dict[str, Tensor], path: str | os.P
     Raises:
         UserError: names or shapes differ; the line names the first that does.
     """
-    own = net.state_dict()
-    missing = [name for name in own if name not in state_dict and not name.endswith("num_batches_tracked")]
-    odd = [name for name in state_dict if name not in own]
-    shapes = [name for name in own if name in state_dict and own[name].shape != state_dict[name].shape]
-    reasons = [f"no '{name}' in the file" for name in missing[:1]]
-    reasons += [f"'{name}' of the file has no place in the network" for name in odd[:1]]
-    reasons += [
-        f"'{n}' is {tuple(state_dict[n].shape)} in the file, {tuple(own[n].shape)} in the network" for n in shapes[:1]
-    ]
+    own = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in state_dict.items()}
+    missing = [f"no '{n}' in the file" for n in own if n not in found and not n.endswith("num_batches_tracked")]
+    unexpected = [f"'{n}' of the file has no place in the network" for n in found if n not in own]
+    other = [n for n in own if n in found and found[n] != own[n]]
+    shapes = [f"'{n}' is {found[n]} in the file, {own[n]} in the network" for n in other]
     # A copy would drop their imaginary parts.
-    reasons += [f"'{n}' holds complex numbers" for n, value in state_dict.items() if value.is_complex()][:1]
-    if reasons:
-        raise UserError(
-            f"'{path}' does not fit this network: {'; '.join(reasons)}; choose the --arch and --dataset that it was trained with"
-        )
+    numbers = [f"'{n}' holds complex numbers" for n, value in state_dict.items() if value.is_complex()]
+    if reasons := [several[0] for several in (missing, unexpected, shapes, numbers) if several]:
+        remedy = "choose the --arch and --dataset that it was trained with"
+        raise UserError(f"'{path}' does not fit this network: {'; '.join(reasons)}; {remedy}")
     net.load_state_dict(state_dict, strict=False)
 
 
@@ -156,7 +152,7 @@ def random_states() -> dict:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "python": list(random.getstate()),
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "numpy": [kind, keys.tolist(), *rest],
     }
 
 
@@ -172,7 +168,6 @@ def restore_random_states(states: dict) -> None:
             torch.cuda.set_rng_state_all(states["cuda"])
         version, internal, gauss = states["python"]
         random.setstate((version, tuple(internal), gauss))
-        kind, keys, *rest = states["numpy"]
-        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+        np.random.set_state(tuple(states["numpy"]))
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"the checkpoint's random states are damaged ({type(error).__name__}); use another") from None

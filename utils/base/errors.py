@@ -12,19 +12,19 @@ from utils.base.signals import Stopped, stop
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line that names the value and the remedy.
+    """Something the user can fix. The message is one line that names the value and the remedy.
 
     Attributes:
-        of_one_rank: only one of several processes may know of it; others are made by all alike, and rank 0 speaks for all.
+        of_one_rank: one of several processes may raise it alone; other errors are raised by all, rank 0 prints them.
     """
 
     of_one_rank = False
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """Runs a script's main function; mistakes and what the system refuses become one line on stderr and
-    exit status 2, Ctrl-C and SIGTERM exit status 130 and 143."""
-    # Where a service started us without them.
+    """Runs a script's main function. UserError and OSError become one line on stderr and exit status 2, Ctrl-C and
+    SIGTERM exit status 130 and 143."""
+    # None where a service started this process without them.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     try:
@@ -37,22 +37,22 @@ def run_main(main: Callable[[], object]) -> None:
             print(f"\n{stopped}", file=sys.stderr)
         sys.exit(128 + stopped.signum)
     except UserError as error:
-        _stop(str(error), error.of_one_rank)
+        _exit(str(error), error.of_one_rank)
     except BrokenPipeError:
-        # The reader of our output (head, less) has gone; Python must not try to flush to it again.
+        # The reader of our output (head, less) has ended; Python must not try to flush to it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         named = f": '{error.filename}'; check the path and its permissions" if error.filename else ""
-        _stop(f"{error.strerror or error}{named}")
+        _exit(f"{error.strerror or error}{named}")
     except torch.cuda.OutOfMemoryError:
-        _stop("the GPU's memory is full; use a smaller --batch_size and --k; the last checkpoint is intact")
+        _exit("the GPU's memory is full; use a smaller --batch_size and --k; the last checkpoint is intact")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def _stop(message: str, of_one_rank: bool = True) -> None:
+def _exit(message: str, of_one_rank: bool = True) -> None:
     sys.stdout.flush()
     rank = os.environ.get("RANK", "0")
     if rank == "0" or of_one_rank:

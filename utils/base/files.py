@@ -1,67 +1,67 @@
-"""Writing that survives a crash, a power cut and a full disk: whole files by replacement, lines by appending."""
+"""Writing that survives a crash, a power cut and a full disk: files by replacement, lines by appending."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import threading
+import urllib.request
 from pathlib import Path
 
 from utils.base.errors import UserError
 
+# Seconds after which a network that does not answer is given up.
+PROBE_SECONDS = 15
+# Ends the names of temporary files, which begin with a dot; what a killed process left is recognised by it.
+TEMPORARY = ".ahsg-ht.tmp"
+
 
 def replace_file(path: Path, content: bytes | memoryview, *, keep: Path | None = None) -> None:
-    """Puts `content` at `path` atomically and durably: readers and crashes see the old file or the new one, nothing between.
+    """Puts `content` at `path` atomically and durably: readers and crashes see the old file or the new one.
 
     Args:
-        path: of the file.
-        content: all of it.
-        keep: where the file that was there before goes; None: it is gone.
+        keep: where the file that was there before goes; None: it is deleted.
 
     Raises:
         UserError: the disk is full or the folder not writable; what was there before is untouched.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}{TEMPORARY}")
+    second = None if keep is None else path.with_name(f".{keep.name}{TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            _keep(path, keep)
+        if second is not None and path.exists():
+            second.unlink(missing_ok=True)
+            try:
+                os.link(path, second)  # so that the file keeps its first name until that is replaced
+                os.replace(second, keep)
+            except OSError:
+                os.replace(path, keep)  # no hard links on this file system
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if keep is not None:
-            _second_name(path, keep).unlink(missing_ok=True)
         raise UserError(f"cannot write '{path}' ({error.strerror}); what was there before is intact") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+        if second is not None:
+            second.unlink(missing_ok=True)  # replacing does nothing where both names are one file already
 
 
-def _keep(path: Path, keep: Path) -> None:
-    """Gives a file a second name, so that it is there under the first one until that is replaced."""
-    second = _second_name(path, keep)
-    second.unlink(missing_ok=True)
-    try:
-        os.link(path, second)
-    except OSError:
-        # No hard links on this file system: for a moment the file is there under the second name only.
-        os.replace(path, keep)
-        return
-    os.replace(second, keep)
-    # Where both names were one file already, replacing does nothing and leaves the third.
-    second.unlink(missing_ok=True)
-
-
-def _second_name(path: Path, keep: Path) -> Path:
-    return path.with_name(f".{keep.name}.tmp")
+def _sync_folder(folder: Path) -> None:
+    """Makes a renaming in a folder durable, on systems that can sync folders."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def append_line(path: Path, line: str, *, durable: bool = False) -> None:
-    """Appends a line, all of it or nothing.
-
-    Args:
-        path: of the file, made where absent.
-        line: without its newline.
-        durable: on the disk when this returns.
+    """Appends a line, given without its newline, completely or not at all; durable: on the disk when this returns.
 
     Raises:
         OSError: as the system says; the file ends with the line before.
@@ -72,7 +72,7 @@ def append_line(path: Path, line: str, *, durable: bool = False) -> None:
         content = (line + "\n").encode("utf-8", errors="replace")
         try:
             if file.write(content) != len(content):
-                raise OSError(28, "No space left on device")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if durable:
                 os.fsync(file.fileno())
         except OSError:
@@ -82,22 +82,21 @@ def append_line(path: Path, line: str, *, durable: bool = False) -> None:
 
 def end_last_line(path: Path) -> None:
     """Ends a last line that a power cut has left without its newline."""
-    if path.exists() and path.stat().st_size:
-        with open(path, "r+b") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
+    if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+        append_line(path, "")
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes a renaming in a folder durable; systems that cannot sync folders do it in their own time."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+def answers(url: str) -> bool:
+    """Whether a server begins to answer within PROBE_SECONDS. In a thread, as name look-ups obey no timeout."""
+    answered = threading.Event()
+
+    def probe():
+        with contextlib.suppress(OSError, ValueError):
+            request = urllib.request.Request(url, method="HEAD")
+            with urllib.request.urlopen(request, timeout=PROBE_SECONDS):
+                answered.set()
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return answered.is_set()

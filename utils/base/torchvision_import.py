@@ -1,8 +1,8 @@
 """Imports torchvision, also beside a torch without CUDA.
 
-PyPI's torchvision is a CUDA build. Beside a CPU-only torch its compiled part does not load, and its import dies because
-the operators `nms` and `qnms` are not declared. Datasets, transforms and classification networks need neither, so
-they are declared (without an implementation) and the import is repeated. A torchvision that imports by itself is left alone.
+PyPI's torchvision is a CUDA build. Beside a CPU-only torch its import fails because the operators `nms` and `qnms` are
+not declared. Datasets, transforms and classification networks need neither, so they are declared, not implemented,
+and the import is repeated. A torchvision that imports by itself is left alone.
 """
 
 import importlib
@@ -14,12 +14,7 @@ _library = None  # keeps the declarations alive
 
 
 def import_torchvision():
-    """Returns the module torchvision.
-
-    Raises:
-        ImportError: torchvision is not installed.
-        RuntimeError: its import fails for another reason than the missing operators.
-    """
+    """Returns the module torchvision; raises what its import raises for another reason than the missing operators."""
     global _library
     try:
         return importlib.import_module("torchvision")
