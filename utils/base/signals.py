@@ -1,27 +1,24 @@
-"""SIGTERM and Ctrl-C: a run that is asked to stop finishes its mini-batch, writes a checkpoint and says how to go on."""
+"""SIGTERM and Ctrl-C: a run that is asked to stop finishes its mini-batch and writes a checkpoint."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# Two signals within these seconds are one request: `timeout` sends SIGTERM to the process and to its group, torchrun passes on
-# the Ctrl-C that the terminal has sent to everybody.
+# Two signals within these seconds are one request: `timeout` signals the process and its group, torchrun passes on the
+# Ctrl-C that the terminal has sent to every process.
 SAME_REQUEST_SECONDS = 1.0
 
 
 class Stopped(BaseException):
-    """The run has stopped as it was asked to.
-
-    No Exception, so that code which expects mistakes (a damaged file, an unknown layer) does not take it for one.
+    """The run has stopped because of a signal. Not an Exception: code that expects errors must not catch it.
 
     Attributes:
-        signum: the signal, SIGTERM or SIGINT; 128 + signum is the process's exit status.
+        signum: SIGTERM or SIGINT; 128 + signum is the process's exit status.
         saved: what is on the disk now, in words.
         command: what continues the run; None where there is nothing to continue.
     """
@@ -38,30 +35,23 @@ class Stopped(BaseException):
 class StopRequest:
     """Whether this process was asked to stop. One per process, `stop` below, as signals are.
 
-    Under `handled` the first signal raises Stopped where the program stands; under `deferred` as well it is only noted, and the
-    training loop asks `pending` after every mini-batch. A second signal, later than SAME_REQUEST_SECONDS, ends the process on
-    the spot: every file is written beside its place and renamed, so nothing on the disk is harmed.
+    Under `handled` the first signal raises Stopped at once; under `deferred` it is only noted, and the training loop
+    asks `pending` after every mini-batch. A second signal, later than SAME_REQUEST_SECONDS, ends the process at once.
 
     Attributes:
-        reduce: takes this rank's signal number (0: none) and returns the largest of all ranks, at this call or a later one; see
-            distributed.Agreement. All ranks stop after the same mini-batch this way. None: there is one rank.
+        signum: the signal that came, 0 for none.
+        reduce: takes this rank's signum and returns the largest of all ranks, now or at a later call, so that all ranks
+            stop after the same mini-batch (distributed.Agreement). None: there is one rank.
     """
 
     def __init__(self):
-        self.signum = 0
-        self._agreed = 0
+        self.signum, self._since, self._agreed = 0, 0.0, 0
         self.reduce: Callable[[int], int] | None = None
-        self._since = 0.0
-        self._deferred = False
-        self._pid = None
+        self._deferred, self._pid = False, None
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Takes over SIGTERM and SIGINT; the handlers of before come back afterwards."""
-        if threading.current_thread() is not threading.main_thread():
-            # Only a program's main thread may set handlers.
-            yield
-            return
+        """Handles SIGTERM and SIGINT, in a program's main thread; the handlers of before are restored afterwards."""
         self.signum, self._agreed, self._pid = 0, 0, os.getpid()
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -69,11 +59,10 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            self._pid = None
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """In here a signal waits for someone to ask `pending`."""
+        """In here a signal waits until `pending` is called."""
         outer, self._deferred = self._deferred, True
         try:
             yield
@@ -81,7 +70,7 @@ class StopRequest:
             self._deferred = outer
 
     def pending(self) -> int:
-        """The signal that asks to stop, 0 for none; with several ranks the same on each, so each must ask equally often."""
+        """The signal that asks to stop, 0 for none; the same on each rank, so each must ask equally often."""
         self._agreed = max(self._agreed, self.signum if self.reduce is None else self.reduce(self.signum))
         return self._agreed
 
@@ -89,14 +78,13 @@ class StopRequest:
         if os.getpid() != self._pid:
             # A worker process that was forked a moment ago and still has its parent's handler.
             return
-        now = time.monotonic()
         if not self.signum:
-            self.signum, self._since = signum, now
+            self.signum, self._since = signum, time.monotonic()
             if not self._deferred:
                 raise Stopped(signum)
             # Not print: the signal may have come in the middle of one.
             os.write(2, b"\nstopping after this mini-batch, with a checkpoint (the same again: at once)\n")
-        elif now - self._since > SAME_REQUEST_SECONDS:
+        elif time.monotonic() - self._since > SAME_REQUEST_SECONDS:
             os.write(2, b"\nstopped at once; the last checkpoint is intact\n")
             for child in multiprocessing.active_children():
                 child.kill()

@@ -183,7 +183,9 @@ def add_gradients(
             BatchNorm, whose statistics are those of each part.
         means: get the losses and answers.
     """
-    parts = -(-len(labels) // max_images) if max_images and len(labels) else 1
+    # As many parts on every rank as the largest share needs: SyncBatchNorm waits for all ranks in each forward pass.
+    largest = -(-size // world_size()) if world_size() > 1 else len(labels)
+    parts = max(1, -(-largest // max_images)) if max_images else 1
     for part, (x, y) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)):
         # The ranks exchange what has been added up over the parts, once.
         held_back = part < parts - 1 and hasattr(objective, "no_sync")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
-from utils.base.files import append_line, end_last_line, replace_file
+from utils.base.files import TEMPORARY, append_line, end_last_line, replace_file
 from utils.train.run_lock import RunLock
 
 RUNS = Path("runs")
@@ -17,15 +17,13 @@ METRICS = ("epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "i
 
 
 class RunFolder:
-    """Writes what a run leaves behind.
+    """Writes the files of a run. A context manager: the folder is locked until it is left, or until `close`.
 
     Args:
         path: the folder, made where absent.
         seed: names the log file, log_seed_<seed>.txt.
-        new: a run that begins; its log must not exist yet, so of two runs that choose one folder at one time the second stops.
-        resumed: the file that a run in its own folder goes on from, as it was when it was read; see `file_stamp`.
-
-    Use it as a context manager, or `close` it: the folder is locked as long as it is open.
+        new: a run that begins: of two that choose one folder at one time the second stops.
+        resumed: the file that a run in its own folder continues from, and its `file_stamp` when it was read.
 
     Raises:
         UserError: the folder cannot be written to, or another run is in it.
@@ -35,35 +33,26 @@ class RunFolder:
         self.path = path
         self.log_path = path / f"log_seed_{seed}.txt"
         self.metrics_path = path / "metrics.csv"
-        # A damaged checkpoint must not push a good one out of its second place.
-        self._keeps_latest = True
+        # A damaged checkpoint, which another was resumed in place of, must not become `previous`.
+        self._keeps_latest = resumed is None or resumed[0].name.startswith("checkpoint.")
         self._lock = None
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = RunLock(path)
-            if resumed is not None and file_stamp(resumed[0]) != resumed[1]:
-                raise UserError(f"another run has just changed '{resumed[0]}'; start this one again")
-            with open(self.log_path, "x" if new else "a"):
-                pass
+            if (new and holds_a_run(path)) or (resumed is not None and file_stamp(resumed[0]) != resumed[1]):
+                raise UserError(
+                    f"another run has just begun in '{path}'; start this one again, or choose another --save_path"
+                )
+            self.log_path.touch()
             end_last_line(self.log_path)
-            for left_over in path.glob(".*.tmp"):
-                # Of a process that was killed while it wrote.
+            for left_over in path.glob(f".*{TEMPORARY}"):
                 left_over.unlink()
-        except FileExistsError:
+        except BaseException as error:
             self.close()
-            raise UserError(
-                f"another run has just begun in '{path}'; start this one again, or choose another --save_path"
-            ) from None
-        except OSError as error:
-            self.close()
-            raise UserError(
-                f"cannot write to save path '{path}' ({error.strerror}); choose another --save_path"
-            ) from None
-        except BaseException:
-            self.close()
+            if isinstance(error, OSError):
+                reason = f"cannot write to save path '{path}' ({error.strerror})"
+                raise UserError(f"{reason}; choose another --save_path") from None
             raise
-        if resumed is not None:
-            self._keeps_latest = resumed[0].name.startswith("checkpoint.")
         if self._lock.note:
             self.log(self._lock.note)
 
@@ -74,7 +63,7 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Gives the folder free."""
+        """Releases the folder's lock."""
         if self._lock is not None:
             self._lock.release()
 
@@ -108,17 +97,42 @@ class RunFolder:
             self._append(self.metrics_path, ",".join(METRICS), durable=True)
         self._append(self.metrics_path, _metrics_line(row), durable=True)
 
-    def mend_metrics(self, history: list[dict]) -> None:
-        """Makes metrics.csv that of a run's history: a crash may have left it a row short or cut one, an older checkpoint may
-        have been resumed. Where it is right it is not touched."""
+    def rewrite_metrics(self, history: list[dict]) -> None:
+        """Makes metrics.csv that of a run's history: after a crash a row may be missing, cut, or too much."""
         content = "".join(f"{line}\n" for line in [",".join(METRICS), *map(_metrics_line, history)]).encode()
         there = self.metrics_path.read_bytes() if self.metrics_path.exists() else b""
         if there != content and (there or history):
             replace_file(self.metrics_path, content)
 
     def write_results(self, results: dict) -> None:
+        """Writes results.json."""
         text = json.dumps(_finite(results), indent=1, allow_nan=False) + "\n"
         replace_file(self.path / "results.json", text.encode())
+
+
+class SilentFolder(RunFolder):
+    """The run's folder on ranks other than the first: its path, and nothing is written or printed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def _nothing(self, *_, **__) -> None:
+        pass
+
+    log = save_checkpoint = append_metrics = rewrite_metrics = write_results = close = _nothing
+
+
+def _metrics_line(row: dict) -> str:
+    return ",".join(f"{row[name]:.6g}" for name in METRICS)
+
+
+def _finite(value):
+    """Numbers that JSON does not have (of a diverged loss) as null."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def file_stamp(path: Path) -> tuple | None:
@@ -130,56 +144,26 @@ def file_stamp(path: Path) -> tuple | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _metrics_line(row: dict) -> str:
-    return ",".join(f"{row[name]:.6g}" for name in METRICS)
-
-
-class SilentFolder(RunFolder):
-    """The run's folder as ranks other than the first have it: its path, and nothing is written or printed."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def _nothing(self, *_, **__) -> None:
-        pass
-
-    log = save_checkpoint = append_metrics = mend_metrics = write_results = close = _nothing
-
-
-def _finite(value):
-    """Numbers that JSON does not know (a diverged loss) as null."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def holds_a_run(path: Path) -> bool:
     """Whether a folder has a log, results or a checkpoint."""
-    if not path.is_dir():
-        return False
-    names = os.listdir(path)
+    names = os.listdir(path) if path.is_dir() else []
     return "results.json" in names or any(n.startswith("log_seed_") or n.endswith(".pth.tar") for n in names)
 
 
 def new_run_path(save_path: str | None, default_name: str) -> Path:
-    """Where a new run goes: the path that was given, or the first free of runs/<default_name>, runs/<default_name>-2, ...
+    """Where a new run goes: the path that was given, or the first free of runs/<default_name>, <default_name>-2, ...
 
     Raises:
         UserError: the path given holds a run already, is no folder, or cannot be written to.
     """
-    if save_path is None:
-        number, path = 1, RUNS / default_name
-        while holds_a_run(path):
-            number += 1
-            path = RUNS / f"{default_name}-{number}"
-    else:
-        path = Path(save_path)
-        if holds_a_run(path):
-            raise UserError(
-                f"save path '{path}' holds a run already; continue it with --resume auto, or choose another --save_path"
-            )
+    number, path = 1, Path(save_path) if save_path else RUNS / default_name
+    if save_path and holds_a_run(path):
+        raise UserError(
+            f"save path '{path}' holds a run already; continue it with --resume auto, or choose another --save_path"
+        )
+    while holds_a_run(path):
+        number += 1
+        path = RUNS / f"{default_name}-{number}"
     check_writable(path)
     return path
 
@@ -191,5 +175,6 @@ def check_writable(path: Path) -> None:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(
-            f"cannot write to save path '{path}' ('{existing}' is not a folder that can be written to); choose another --save_path"
+            f"cannot write to save path '{path}' ('{existing}' is not a folder that can be written to); "
+            "choose another --save_path"
         )

@@ -131,7 +131,7 @@ class Training:
 
     def _run_epochs(self) -> None:
         args = self.args
-        self.run.mend_metrics(self.history)
+        self.run.rewrite_metrics(self.history)
         last_drawn, begin, begin_epoch = time.monotonic(), time.monotonic(), self.epochs_done
         for epoch in range(begin_epoch, args.epochs):
             lr = learning_rate_at(epoch, args.learning_rate, args.schedule, args.gammas)
