@@ -131,7 +131,7 @@ def write_small(
         "widths": {name: len(at) for name, at in kept.items()},
         "largest_logit_difference": report.difference,
         "images_compared": report.images,
-        "kept_whole": report.whole,
+        "kept_whole": report.kept_whole,
     }
 
 
@@ -162,7 +162,7 @@ def table(arch: str, facts: dict, report: Report) -> str:
         lines.append(
             f"{report.merged} channels were constant but not zero: their effect moved into a bias or one constant channel"
         )
-    lines += [f"kept whole: {layer}: {reason}" for layer, reason in report.whole.items()]
+    lines += [f"kept whole: {layer}: {reason}" for layer, reason in report.kept_whole.items()]
     return "\n".join(lines)
 
 

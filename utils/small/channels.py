@@ -1,29 +1,52 @@
-"""Which channels of a network nobody needs: constants, couplings and readers, operation by operation.
+"""The channels of a network: which belong together, which are constant, which are needed; operation by operation.
 
-Every channel of every value in the graph belongs to a class. Operations that treat channels one by one (BatchNorm, ReLU, pooling, addition) put the channels of
-their operands and of their result into one class; a class stays or goes as a whole. A class is needed when a convolution or linear layer that is
-itself needed reads a channel of it that is not zero for every input, through a weight that is not zero; or when something this module
-knows nothing of touches it. Needs spread from the outputs back until nothing changes; all other classes can be cut out exactly.
+    channels = analyse(trace(net, example))
+    channels.select(channels.close())     # or channels.close(keep, by_weights=False) for a set of one's own
+    channels.order(layer.made)            # for a layer of channels.layers: its kept filters
+
+Every channel of every value in the graph belongs to a class, named by its root. Operations that treat channels one by one (BatchNorm, ReLU, pooling,
+addition) put the channels of their operands and of their result into one class; a class stays or goes as one. A class is needed when a convolution or
+linear layer that is itself needed reads a channel of it that is not zero for every input, through a weight that is not zero; or when an operation without a
+rule touches it. Needs spread from the outputs back until nothing changes; all other classes can be cut out exactly.
 The rules of the single operations are in utils.small.rules.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from utils.small.rules import IN_PLACE, RULES, Pad, Reader, Unknown, Value, known_module
-from utils.small.trace import ROOT, layer_name
+from utils.small.rules import NARROWED, RULES, Pad, Reader, Unknown, Value
+from utils.small.trace import layer_name, module_name
 
-# Reasons that go without saying.
+# Reasons that need no mention in a report.
 INPUT, OUTPUT = "input", "output"
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
-class Orderless(Exception):
+class OrderError(Exception):
     """The kept channels cannot be ordered so that every option-A shortcut stays a plain zero-pad."""
+
+
+class LayerCall(NamedTuple):
+    """A call of a convolution, linear layer or BatchNorm whose weights are narrowed with its channels: ids that it reads and makes."""
+
+    node: fx.Node
+    module: nn.Module
+    read: list[int]
+    made: list[int]
+
+
+class Pinned(NamedTuple):
+    """Ids that must stay, all of them in their order; the layer that needs it; why."""
+
+    ids: list[int]
+    layer: str
+    reason: str
 
 
 @dataclass
@@ -31,11 +54,13 @@ class Channels:
     """The channels of a traced network in eval mode; made by `analyse`.
 
     Attributes:
+        tie_pads: an option-A shortcut couples its channels to those it is added to, so that all stages keep their original order.
         values: by node.
-        layers: (node, module, ids read, ids made) of every call of a module that is narrowed with its channels.
+        readers: convolutions (groups 1) and linear layers.
+        pads: option-A shortcuts.
+        layers: every call of a layer that is narrowed.
         joins: (ids of a concatenation, ids of its parts).
-        pinned: (ids that must stay, in their order; the layer that wants it; why).
-        tie_pads: True keeps a stage's channels in their original order: an option-A shortcut then couples its channels to those it is added to.
+        keep, rank: set by `select`: bool per id, whether its class (looked up at its root) is kept; {root: place} where the order changes.
     """
 
     graph: fx.GraphModule
@@ -43,10 +68,12 @@ class Channels:
     values: dict[fx.Node, Value] = field(default_factory=dict)
     readers: list[Reader] = field(default_factory=list)
     pads: list[Pad] = field(default_factory=list)
-    layers: list[tuple[fx.Node, nn.Module, list[int], list[int]]] = field(default_factory=list)
+    layers: list[LayerCall] = field(default_factory=list)
     joins: list[tuple[list[int], list[list[int]]]] = field(default_factory=list)
-    pinned: list[tuple[list[int], str, str]] = field(default_factory=list)
+    pinned: list[Pinned] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
+    keep: Tensor | None = None
+    rank: dict[int, int] = field(default_factory=dict)
 
     # -- building blocks for the rules --
 
@@ -65,12 +92,10 @@ class Channels:
     def unite(self, first: list[int], second: list[int]) -> None:
         for a, b in zip(first, second, strict=True):
             a, b = self.root(a), self.root(b)
-            if a != b:
-                self.parents[max(a, b)] = min(a, b)
+            self.parents[max(a, b)] = min(a, b)
 
     def pin(self, ids: list[int], node: fx.Node, reason: str) -> None:
-        """These channels stay, all of them, in their order."""
-        self.pinned.append((ids, layer_name(node), reason))
+        self.pinned.append(Pinned(ids, layer_name(node), reason))
 
     # -- answers --
 
@@ -78,173 +103,171 @@ class Channels:
         """int64: the class of every id."""
         return torch.tensor([self.root(i) for i in range(len(self.parents))])
 
-    def needed(self) -> Tensor:
-        """bool per id: whether its class is needed. A class is looked up at its root."""
-        keep = torch.zeros(len(self.parents), dtype=torch.bool)
-        roots = self.roots()
-        for ids, _, _ in self.pinned:
-            keep[roots[ids]] = True
-        return self.close(keep)
+    def close(self, keep: Tensor | None = None, *, by_weights: bool = True) -> Tensor:
+        """The classes to keep, bool per id: these, those that must stay, and all that they need. Every layer keeps at least one channel.
 
-    def close(self, keep: Tensor) -> Tensor:
-        """Adds to the kept classes those that they need, until nothing changes. Every layer keeps at least one channel."""
+        Args:
+            keep: bool per id, read at the roots (None: no class). It is changed.
+            by_weights: a kept filter needs what it reads. False: channels that are read may be missing, as where a pruning method removes
+                channels that still have an effect; only what the graph's structure asks for is added.
+        """
+        keep = torch.zeros(len(self.parents), dtype=torch.bool) if keep is None else keep
         roots = self.roots()
+        for pinned in self.pinned:
+            keep[roots[pinned.ids]] = True
         while True:
             before = int(keep.sum())
-            for reader in reversed(self.readers):
-                alive = (reader.source.constant != 0).nonzero().flatten()
-                rows = reader.nonzero[keep[roots[reader.ids]]]
-                keep[roots[reader.source.ids][alive[rows[:, alive].any(dim=0)]]] = True
+            for reader in reversed(self.readers if by_weights else []):
+                read = reader.nonzero[keep[roots[reader.ids]]].any(dim=0) & (reader.source.constant != 0)
+                keep[roots[reader.source.ids][read]] = True
             for pad in reversed(self.pads):
                 source, made = roots[pad.source.ids], roots[pad.ids[: len(pad.source.ids)]]
-                keep[source[keep[made] & (pad.source.constant != 0)]] = True
+                if by_weights:
+                    keep[source[keep[made] & (pad.source.constant != 0)]] = True
                 # What the shortcut's input keeps has to arrive somewhere.
                 keep[made[keep[source]]] = True
             if int(keep.sum()) == before:
-                empty = [r for r in self.readers if not keep[roots[r.ids]].any()]
-                if not empty:
+                empty = next((r for r in self.readers if not keep[roots[r.ids]].any()), None)
+                if empty is None:
                     return keep
-                keep[roots[strongest(empty[0])[0]]] = True
+                keep[self.root(empty.ids[strongest_filter(empty.module)])] = True
 
-    def order(self, ids: list[int], keep: Tensor, rank: dict[int, int]) -> list[int]:
-        """Positions in `ids` of the kept channels, in the order that they have in the small network."""
-        kept = [p for p, i in enumerate(ids) if keep[self.root(i)]]
-        return sorted(kept, key=lambda p: (0, rank[r]) if (r := self.root(ids[p])) in rank else (1, p))
-
-    def ranks(self, keep: Tensor) -> dict[int, int]:
-        """{class: its place} such that in every option-A shortcut the kept channels of its input are the first of its result.
+    def select(self, keep: Tensor) -> None:
+        """Decides what is kept, a result of `close`, and in which order: in every option-A shortcut the kept channels of its input are the
+        first of its result.
 
         Raises:
-            Orderless: no such order, or one that an operation does not keep to.
+            OrderError: no such order, or one that an operation does not keep to.
         """
-        rank: dict[int, int] = {}
+        self.keep, self.rank = keep, {}
         for pad in self.pads:
-            arriving = self.order(pad.source.ids, keep, rank)
-            others = [p for p, i in enumerate(pad.ids) if keep[self.root(i)] and p not in set(arriving)]
+            arriving = self.order(pad.source.ids)
+            others = [p for p in self.order(pad.ids) if p not in set(arriving)]
             for place, p in enumerate(arriving + others):
-                if rank.setdefault(self.root(pad.ids[p]), place) != place:
-                    raise Orderless(layer_name(pad.node))
+                self.rank.setdefault(self.root(pad.ids[p]), place)
         for pad in self.pads:
-            arriving = self.order(pad.source.ids, keep, rank)
-            if self.order(pad.ids, keep, rank)[: len(arriving)] != arriving:
-                raise Orderless(layer_name(pad.node))
-        for ids, layer, _ in self.pinned:
-            if self.order(ids, keep, rank) != list(range(len(ids))):
-                raise Orderless(layer)
+            arriving = self.order(pad.source.ids)
+            if self.order(pad.ids)[: len(arriving)] != arriving:
+                raise OrderError(layer_name(pad.node))
+        for pinned in self.pinned:
+            if self.order(pinned.ids) != list(range(len(pinned.ids))):
+                raise OrderError(pinned.layer)
         for ids, parts in self.joins:
             begin, expected = 0, []
             for part in parts:
-                expected += [begin + p for p in self.order(part, keep, rank)]
+                expected += [begin + p for p in self.order(part)]
                 begin += len(part)
-            if self.order(ids, keep, rank) != expected:
-                raise Orderless("concatenation")
-        return rank
+            if self.order(ids) != expected:
+                raise OrderError("concatenation")
+
+    def order(self, ids: list[int]) -> list[int]:
+        """After `select`: positions in `ids` of the kept channels, in the order that they have in the small network."""
+        kept = [p for p, i in enumerate(ids) if self.keep[self.root(i)]]
+        return sorted(kept, key=lambda p: self.rank.get(self.root(ids[p]), math.inf))
 
 
 @torch.no_grad()
-def strongest(reader: Reader) -> list[int]:
-    """A layer's ids, strongest filter first: by the filter's l2 norm; ties keep the lower index."""
-    norms = torch.linalg.vector_norm(reader.module.weight.flatten(1).double(), dim=1)
-    return [reader.ids[i] for i in torch.sort(norms, descending=True, stable=True).indices]
+def strongest_filter(module: nn.Module) -> int:
+    """Index of the filter with the largest l2 norm; of equal ones the first."""
+    norms = torch.linalg.vector_norm(module.weight.flatten(1).double(), dim=1).tolist()
+    return norms.index(max(norms))
 
 
 @torch.no_grad()
 def analyse(graph: fx.GraphModule, tie_pads: bool = False) -> Channels:
-    """Follows every channel through a graph of utils.small.trace. What it does not know is kept as it is, with a reason."""
-    channels = Channels(graph, tie_pads)
-    frozen = _frozen_modules(graph)
-    calls: dict[nn.Module, tuple[list[int], list[int]]] = {}
-    whole: dict[nn.Module, tuple[fx.Node, str]] = {}
-    for node in graph.graph.nodes:
-        shape, module = node.meta["shape"], None
+    """Follows every channel through a graph of utils.small.trace. Operations without a rule keep their channels, with a reason."""
+    fixed = _fixed_modules(graph)
+    while True:
+        channels = Channels(graph, tie_pads)
+        unknown = _follow(channels, fixed)
+        # A layer that is also called in a way that has no rule keeps its shape in all its calls.
+        again = {call.module: unknown[call.module] for call in channels.layers if call.module in unknown}
+        if not again:
+            return channels
+        fixed.update(again)
+
+
+def _follow(channels: Channels, fixed: dict[nn.Module, str]) -> dict[nn.Module, str]:
+    """Applies the rules node by node. Returns the modules with a call that has no rule, and why."""
+    unknown: dict[nn.Module, str] = {}
+    calls: dict[nn.Module, LayerCall] = {}
+    for node in channels.graph.graph.nodes:
         if node.op == "output":
             for source in node.all_input_nodes:
                 if source in channels.values:
                     channels.pin(channels.values[source].ids, node, OUTPUT)
             continue
+        module = channels.graph.get_submodule(node.target) if node.op == "call_module" else None
         try:
-            if node.op == "placeholder":
-                raise Unknown(INPUT)
-            if node.op == "call_module":
-                module = graph.get_submodule(node.target)
-            if module in frozen:
-                raise Unknown(f"{layer_name(node)}: {frozen[module]}")
-            key = type(module) if module is not None else node.target
-            rule = RULES.get(key) if isinstance(key, (type, str)) or callable(key) else None
-            if rule is None or node.op == "get_attr":
-                raise Unknown(f"{layer_name(node)} is an operation that is not known")
-            value = rule(channels, node, module)
-            if value is not None and (shape is None or len(shape) < 2 or len(value.ids) != shape[1]):
-                raise Unknown(f"{layer_name(node)} gives a shape that is not expected of it")
-        except Unknown as unknown:
-            value = _keep_whole(channels, node, shape, str(unknown))
-            if module is not None:
-                whole[module] = node, str(unknown)
-                module = None
+            value = _apply(channels, node, module, fixed)
+        except Unknown as error:
+            unknown[module] = str(error)
+            value = _keep_all(channels, node, str(error))
         if value is None:
             continue
-        # A running mean that decays once its filter is gone ends among float32's subnormal numbers: nothing comes of it.
+        # A running mean that decays once its filter is gone ends among float32's subnormal numbers, which have no effect.
         value.constant = value.constant.where(value.constant.abs() >= SMALLEST_NORMAL, value.constant * 0)
         channels.values[node] = value
-        _after_in_place(channels, node, graph)
-        if module is not None and known_module(module):
-            read, made = channels.values[node.args[0]].ids, value.ids
-            first_read, first_made = calls.setdefault(module, (read, made))
-            channels.unite(read, first_read)
-            channels.unite(made, first_made)
-            channels.layers.append((node, module, read, made))
-    for _, module, read, made in channels.layers:
-        # A layer that is called once more in a way that is not known keeps its shape.
-        if module in whole:
-            channels.pin(read, *whole[module])
-            channels.pin(made, *whole[module])
-    return channels
+        for changed in channels.values.keys() & node.meta["changed"]:
+            # Later readers of what the operation changes in place find a constant there only where it was left alone.
+            before = channels.values[changed]
+            same = (before.constant == value.constant) if before.ids == value.ids else torch.tensor(False)
+            channels.values[changed] = Value(before.ids, before.constant.where(same, math.nan))
+        if type(module) in NARROWED and module not in unknown:
+            call = LayerCall(node, module, channels.values[node.args[0]].ids, value.ids)
+            first = calls.setdefault(module, call)
+            channels.unite(call.read, first.read)
+            channels.unite(call.made, first.made)
+            channels.layers.append(call)
+    return unknown
 
 
-def _keep_whole(channels: Channels, node: fx.Node, shape: tuple | None, reason: str) -> Value | None:
+def _apply(channels: Channels, node: fx.Node, module: nn.Module | None, fixed: dict[nn.Module, str]) -> Value | None:
+    if node.op == "placeholder":
+        raise Unknown(INPUT)
+    if module in fixed:
+        raise Unknown(f"{layer_name(node)}: {fixed[module]}")
+    key = type(module) if module is not None else node.target
+    path = f"{getattr(key, '__module__', '')}.{getattr(key, '__name__', '')}"
+    rule = None if node.op == "get_attr" else RULES.get(key, RULES.get(path))
+    if rule is None:
+        raise Unknown(f"{layer_name(node)} is an operation without a rule")
+    value, shape = rule(channels, node, module), node.meta["shape"]
+    if value is not None and (shape is None or len(shape) < 2 or len(value.ids) != shape[1]):
+        raise Unknown(f"{layer_name(node)} gives an unexpected shape")
+    return value
+
+
+def _keep_all(channels: Channels, node: fx.Node, reason: str) -> Value | None:
+    """Keeps all channels of what a node reads and gives."""
     for source in node.all_input_nodes:
         if source in channels.values:
             channels.pin(channels.values[source].ids, node, reason)
+    shape = node.meta["shape"]
     if shape is None or len(shape) < 2:
         return None
     ids = channels.new(shape[1])
     channels.pin(ids, node, reason)
-    return Value(ids, torch.full((shape[1],), torch.nan, dtype=torch.float64))
+    return Value(ids, torch.full((shape[1],), math.nan, dtype=torch.float64))
 
 
-def _after_in_place(channels: Channels, node: fx.Node, graph: fx.GraphModule) -> None:
-    """An in-place operation changes its operand too: later readers find a constant there only where the operation leaves it alone."""
-    module = graph.get_submodule(node.target) if node.op == "call_module" else None
-    in_place = (
-        node.kwargs.get("inplace", False)
-        or getattr(module, "inplace", False)
-        or node.target in IN_PLACE
-        or (node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"))
-    )
-    operand = node.args[0] if node.args else None
-    if in_place and operand in channels.values and len(channels.values[operand].ids) == len(channels.values[node].ids):
-        before, after = channels.values[operand], channels.values[node]
-        unchanged = before.constant == after.constant
-        channels.values[operand] = Value(before.ids, before.constant.where(unchanged, torch.nan))
-
-
-def _frozen_modules(graph: fx.GraphModule) -> dict[nn.Module, str]:
+def _fixed_modules(graph: fx.GraphModule) -> dict[nn.Module, str]:
     """Modules whose weights are used otherwise than by their own call, so that they must keep their shapes; and why."""
-    frozen: dict[nn.Module, str] = {}
+    fixed: dict[nn.Module, str] = {}
     owners: dict[int, nn.Module] = {}
     for module in graph.modules():
         for parameter in module.parameters(recurse=False):
             other = owners.setdefault(id(parameter), module)
             if other is not module:
-                frozen[module] = frozen[other] = "its weights are shared with another layer"
+                fixed[module] = fixed[other] = "its weights are shared with another layer"
     for node in graph.graph.nodes:
         if node.op == "get_attr":
-            owner = graph.get_submodule(node.target.rpartition(".")[0])
-            frozen[owner] = f"its {node.target.rpartition('.')[2]} is used directly"
+            owner, _, name = node.target.rpartition(".")
+            fixed[graph.get_submodule(owner)] = f"its {name} is used directly"
         elif node.op == "call_module":
             module = graph.get_submodule(node.target)
             if type(module) not in RULES:
-                name = node.target.removeprefix(ROOT).removeprefix(".") or "the network"
+                name = module_name(node) or "the network"
                 for inner in module.modules():
-                    frozen.setdefault(inner, f"{name} ({type(module).__name__}) is not known")
-    return frozen
+                    fixed.setdefault(inner, f"{name} ({type(module).__name__}) has no rule")
+    return fixed

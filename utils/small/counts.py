@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from utils.small.trace import run, trace
+from utils.small.trace import run, tensors, trace
 
 
 @dataclass(frozen=True)
@@ -77,29 +77,13 @@ def peak_activation_bytes(net: nn.Module, example: Tensor) -> int:
     """Largest sum over the values that are needed at one moment; see Counts."""
     was_training = net.training
     graph = trace(net.eval(), example)
-    order = {node: i for i, node in enumerate(graph.graph.nodes)}
-    last_use = {node: max([order[user] for user in node.users], default=order[node]) for node in order}
-    alive: dict[int, tuple[int, int]] = {}  # storage: (bytes, last use)
     weights = {p.untyped_storage().data_ptr() for p in [*net.parameters(), *net.buffers()]}
-    kept, peak = [], 0
-    for node, value in run(graph, example.clone()):
-        kept = [(n, v) for n, v in kept if last_use[n] >= order[node]]
-        kept.append((node, value))
-        alive = {}
-        for _, v in kept:
-            for tensor in _tensors(v):
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in weights:
-                    alive[storage.data_ptr()] = storage.nbytes()
-        peak = max(peak, sum(alive.values()))
+    peak = 0
+    for _, values in run(graph, example.clone()):
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors(list(values.values()))}
+        peak = max(peak, sum(s.nbytes() for at, s in storages.items() if at not in weights))
     net.train(was_training)
     return peak
-
-
-def _tensors(value) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for v in value for t in _tensors(v)] if isinstance(value, (list, tuple)) else []
 
 
 def papers_cut(depth: int, HTrate: float) -> float:

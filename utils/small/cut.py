@@ -2,9 +2,9 @@
 
     small, report = make_small(net, example_input)
 
-An exact rewrite: same Python, same state-dict names, narrower layers; dense, nothing is gathered or scattered at run time. It has fewer channels wherever
-utils.small.channels proves that nobody needs them, in the residual stream too. With option-A shortcuts the kept channels of a stage are ordered so that those that
-arrive from the stage before come first, and the shortcut stays a plain zero-pad.
+An exact rewrite: same Python, same state-dict names, narrower layers; dense, nothing is gathered or scattered at run time. Channels go wherever
+utils.small.channels proves that they are not needed, in the residual stream too. With option-A shortcuts the kept channels of a stage are ordered so that
+those that arrive from the stage before come first, and the shortcut stays a plain zero-pad.
 """
 
 from __future__ import annotations
@@ -14,20 +14,23 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from models.small import set_sizes
 from utils.base.errors import UserError
-from utils.small.channels import INPUT, OUTPUT, Channels, Orderless, analyse
+from utils.small.channels import INPUT, OUTPUT, Channels, OrderError, analyse
 from utils.small.rules import Reader, pads
-from utils.small.trace import ROOT, layer_name, run, trace
+from utils.small.trace import layer_name, module_name, run, tensors, trace
 
-# Largest difference of a logit, in float32, that is let through.
+# Largest difference of a logit, in float32, that is allowed.
 TOLERANCE = 1e-4
 # Above it a network's own rounding, some 1e-7 of its logits, comes near the tolerance.
 LARGEST_LOGIT = 1000
 RANDOM_IMAGES = 16
 BATCH = 128
+
+# Kept indices along the first and the second dimension of a tensor; None: all.
+Slices = tuple[Tensor, Tensor | None]
 
 
 @dataclass
@@ -37,8 +40,9 @@ class Report:
     Attributes:
         kept: {name of a convolution's or linear layer's weight: original indices of its filters, in the small network's order}.
         filters: {the same names: filters before}.
+        slices: {name of a narrowed parameter or buffer: what was kept of it}, see `narrow`.
         pads: {name of an option-A shortcut: channels of zeros that it appends}.
-        whole: {layer: why channels of it were kept that could not be proved dead}.
+        kept_whole: {layer: why channels of it were kept that could not be proved dead}.
         merged: constant channels whose effect moved into a bias or into another constant channel.
         difference: largest difference of a logit between the network and the small one.
         images: images compared, random ones included.
@@ -46,11 +50,16 @@ class Report:
 
     kept: dict[str, list[int]] = field(default_factory=dict)
     filters: dict[str, int] = field(default_factory=dict)
+    slices: dict[str, Slices] = field(default_factory=dict)
     pads: dict[str, int] = field(default_factory=dict)
-    whole: dict[str, str] = field(default_factory=dict)
+    kept_whole: dict[str, str] = field(default_factory=dict)
     merged: int = 0
     difference: float = 0.0
     images: int = 0
+
+
+class _Different(UserError):
+    """The small network does not equal the network."""
 
 
 def make_small(
@@ -59,8 +68,8 @@ def make_small(
     """Cuts out of a network every channel that can be proved not to be needed.
 
     Args:
-        net: any network that takes one tensor; it is not changed. What torch.fx cannot follow, or this module does not know, keeps its
-            channels, and the report says so.
+        net: any network that takes one tensor; it is not changed. What torch.fx cannot trace, or has no rule, keeps its channels, and the
+            report says so.
         example_input: images (B, ...) of the size that the network is for; their values do not matter.
         images: real images (N, ...), normalised, on which the two networks are compared besides random ones.
         round_to: channels of a layer are filled up to a multiple of this with the strongest of the removed ones, where there are any left.
@@ -74,24 +83,40 @@ def make_small(
     masked = copy.deepcopy(net).cpu().float().eval()
     example = example_input.detach().cpu().float()
     example = torch.cat([example, example])[:2]
-    small = copy.deepcopy(masked)
+    batches = [torch.randn(RANDOM_IMAGES, *example.shape[1:], generator=torch.Generator().manual_seed(0))]
+    batches += images.detach().cpu().float().split(BATCH) if images is not None else []
+    try:
+        return _make_small(masked, example, batches, round_to, merge=True)
+    except _Different:
+        # Moving constants is the one step that changes weights; where it costs precision, they stay.
+        return _make_small(masked, example, batches, round_to, merge=False)
+
+
+def _make_small(
+    masked: nn.Module, example: Tensor, batches: list[Tensor], round_to: int, merge: bool
+) -> tuple[nn.Module, Report]:
+    small, report = copy.deepcopy(masked), Report()
     try:
         graph = trace(small, example)
     except Exception as error:
         raise UserError(f"the network does not run on an input of shape {tuple(example.shape)}: {error}") from None
-    report = Report(merged=merge_constants(analyse(graph)))
+    if merge:
+        report.merged = merge_constants(analyse(graph))
+    channels = _select_needed(graph, round_to)
+    describe(channels, report)
+    report.slices = narrow(channels)
+    check_equal(masked, small, batches, channels, report)
+    return small, report
+
+
+def _select_needed(graph: fx.GraphModule, round_to: int) -> Channels:
     channels = analyse(graph)
     try:
-        keep = round_up(channels, channels.needed(), round_to)
-        rank = channels.ranks(keep)
-    except Orderless:
+        channels.select(round_up(channels, channels.close(), round_to))
+    except OrderError:
         channels = analyse(graph, tie_pads=True)
-        keep = round_up(channels, channels.needed(), round_to)
-        rank = channels.ranks(keep)
-    describe(channels, keep, rank, report)
-    narrow(channels, keep, rank)
-    compare(masked, small, example, images, channels, keep, rank, report)
-    return small, report
+        channels.select(round_up(channels, channels.close(), round_to))
+    return channels
 
 
 @torch.no_grad()
@@ -103,36 +128,28 @@ def merge_constants(channels: Channels) -> int:
     Changes the network's weights, not its function. Returns the number of constants that moved.
     """
     moved = 0
-    single: dict[nn.Module, Reader] = {}
-    shared = set()
+    by_module: dict[nn.Module, list[Reader]] = {}
     for reader in channels.readers:
-        if single.setdefault(reader.module, reader) is not reader:
-            shared.add(reader.module)
+        by_module.setdefault(reader.module, []).append(reader)
     representatives: set[int] = set()
-    for module, reader in single.items():
-        c = reader.source.constant
-        found = ((c != 0) & ~torch.isnan(c) & reader.nonzero.any(dim=0)).nonzero().flatten().tolist()
-        if module in shared or not found:
+    for module, (reader, *others) in by_module.items():
+        c, weight = reader.source.constant, module.weight
+        gone = ((c != 0) & ~torch.isnan(c) & reader.nonzero.any(dim=0)).nonzero().flatten().tolist()
+        # A layer that is called twice may read other constants in its other call.
+        if others or not gone:
             continue
-        weight = module.weight
-        padded = not isinstance(module, nn.Linear) and pads(module)
-        if module.bias is not None and not padded:
-            gone = found
-            effect = weight[:, gone].double().flatten(2).sum(dim=2) if weight.dim() > 2 else weight[:, gone].double()
-            module.bias.copy_(module.bias + effect @ c[gone])
+        if module.bias is not None and not pads(module):
+            module.bias += weight[:, gone].reshape(len(weight), len(gone), -1).double().sum(dim=2) @ c[gone]
         else:
+            roots = {j: channels.root(reader.source.ids[j]) for j in gone}
             # Not a representative that is tiny here: ratios far above 1 would cost precision.
-            enough = 0.1 * max(abs(float(c[j])) for j in found)
-            known = [
-                j
-                for j in found
-                if channels.root(reader.source.ids[j]) in representatives and abs(float(c[j])) >= enough
-            ]
-            r = max(known or found, key=lambda j: abs(float(c[j])))
-            representatives.add(channels.root(reader.source.ids[r]))
-            gone = [j for j in found if j != r]
+            enough = 0.1 * float(c[gone].abs().max())
+            known = [j for j in gone if roots[j] in representatives and abs(float(c[j])) >= enough]
+            r = max(known or gone, key=lambda j: abs(float(c[j])))
+            representatives.add(roots[r])
+            gone.remove(r)
             ratio = (c[gone] / c[r]).view(1, -1, *[1] * (weight.dim() - 2))
-            weight[:, r] = weight[:, r] + (weight[:, gone].double() * ratio).sum(dim=1)
+            weight[:, r] += (weight[:, gone].double() * ratio).sum(dim=1)
         weight[:, gone] = 0
         moved += len(gone)
     return moved
@@ -151,10 +168,8 @@ def round_up(channels: Channels, keep: Tensor, multiple: int) -> Tensor:
         before = int(keep.sum())
         for reader in channels.readers:
             classes = list(dict.fromkeys(channels.root(i) for i in reader.ids))
-            kept = sum(bool(keep[c]) for c in classes)
-            lacking = min(-kept % multiple, len(classes) - kept)
             removed = sorted((c for c in classes if not keep[c]), key=lambda c: strength[c], reverse=True)
-            keep[removed[:lacking]] = True
+            keep[removed[: (len(removed) - len(classes)) % multiple]] = True
             keep = channels.close(keep)
         if int(keep.sum()) == before:
             return keep
@@ -172,111 +187,92 @@ def strengths(channels: Channels) -> list[tuple[float, float]]:
     return list(zip(made.tolist(), read.tolist(), strict=True))
 
 
-def _name(node) -> str:
-    return node.target.removeprefix(ROOT).removeprefix(".")
-
-
-def describe(channels: Channels, keep: Tensor, rank: dict[int, int], report: Report) -> None:
+def describe(channels: Channels, report: Report) -> None:
     """Fills in what is kept per layer, and why more than could be removed."""
-    roots = channels.roots()
-    why = {}
-    pinned = [(ids, layer, reason) for ids, layer, reason in channels.pinned if reason not in (INPUT, OUTPUT)]
-    for ids, _, reason in pinned:
-        why.update(dict.fromkeys(roots[ids].tolist(), reason))
+    pinned = [p for p in channels.pinned if p.reason not in (INPUT, OUTPUT)]
+    why = {channels.root(i): p.reason for p in pinned for i in p.ids}
     for node, module, _, made in channels.layers:
         if module.weight is None or module.weight.dim() < 2:
             continue
-        name = _name(node)
-        prefix = f"{name}." if name else ""
-        report.kept[f"{prefix}weight"] = channels.order(made, keep, rank)
-        report.filters[f"{prefix}weight"] = len(made)
-        reasons = [why[r] for r in roots[made].tolist() if r in why]
+        name = f"{module_name(node)}.weight".removeprefix(".")
+        report.kept[name], report.filters[name] = channels.order(made), len(made)
+        reasons = [why[root] for root in map(channels.root, made) if root in why]
         if reasons:
-            report.whole[name] = reasons[0]
-    said = set(report.whole.values())
+            report.kept_whole[module_name(node)] = reasons[0]
+    # Operations besides, as far as no layer names them already.
+    said = set(report.kept_whole.values())
     modules = {layer_name(node) for node in channels.graph.graph.nodes if node.op == "call_module"}
-    for _, layer, reason in pinned:
-        if layer in modules or reason not in said:
-            report.whole.setdefault(layer, reason)
+    for p in pinned:
+        if p.layer in modules or p.reason not in said:
+            report.kept_whole.setdefault(p.layer, p.reason)
     for pad in channels.pads:
-        kept = channels.order(pad.ids, keep, rank)
-        report.pads[_name(pad.node)] = len(kept) - len(channels.order(pad.source.ids, keep, rank))
+        report.pads[module_name(pad.node)] = len(channels.order(pad.ids)) - len(channels.order(pad.source.ids))
 
 
 @torch.no_grad()
-def narrow(channels: Channels, keep: Tensor, rank: dict[int, int]) -> None:
-    """Slices the weights of every layer, in place."""
-    done = set()
-    for _, module, read, made in channels.layers:
-        if module in done:
+def narrow(channels: Channels) -> dict[str, Slices]:
+    """Cuts every layer of the graph's network down to the channels that were selected, in place: new, smaller parameters and buffers.
+
+    Returns:
+        {name of a parameter or buffer in the network: kept indices along its first and its second dimension}, for `sliced`: what belongs to a
+        parameter, as an optimizer's state, is cut alike.
+    """
+    slices: dict[str, Slices] = {}
+    narrowed = set()
+    for node, module, read, made in channels.layers:
+        if module in narrowed:
             continue
-        done.add(module)
-        inputs, outputs = (torch.tensor(channels.order(ids, keep, rank)) for ids in (read, made))
+        narrowed.add(module)
+        inputs, outputs = torch.tensor(channels.order(read)), torch.tensor(channels.order(made))
         for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if value.dim() == 0:
                 continue
-            cut = value.detach()[outputs]
-            if name == "weight" and value.dim() > 1 and getattr(module, "groups", 1) == 1:
-                cut = cut[:, inputs]
-            cut = cut.contiguous()
+            reads = value.dim() > 1 and getattr(module, "groups", 1) == 1
+            at = slices[f"{module_name(node)}.{name}".removeprefix(".")] = (outputs, inputs if reads else None)
+            cut = sliced(value.detach(), at)
             is_parameter = isinstance(value, nn.Parameter)
             setattr(module, name, nn.Parameter(cut, requires_grad=value.requires_grad) if is_parameter else cut)
         set_sizes(module)
     for pad in channels.pads:
-        arriving, made = (len(channels.order(ids, keep, rank)) for ids in (pad.source.ids, pad.ids))
-        pad.module.new_channels = made - arriving
+        pad.module.new_channels = len(channels.order(pad.ids)) - len(channels.order(pad.source.ids))
+    return slices
+
+
+def sliced(value: Tensor, at: Slices) -> Tensor:
+    """The kept part of a tensor of the shape that a parameter had before `narrow`."""
+    first, second = at
+    value = value[first.to(value.device)]
+    return (value if second is None else value[:, second.to(value.device)]).contiguous()
 
 
 @torch.no_grad()
-def compare(
-    masked: nn.Module,
-    small: nn.Module,
-    example: Tensor,
-    images: Tensor | None,
-    channels: Channels,
-    keep: Tensor,
-    rank: dict[int, int],
-    report: Report,
-) -> None:
+def check_equal(masked: nn.Module, small: nn.Module, batches: list[Tensor], channels: Channels, report: Report) -> None:
     """Raises UserError when the two differ by more than is allowed in any output, and names the layer where they part."""
-    generator = torch.Generator().manual_seed(0)
-    random = torch.randn(RANDOM_IMAGES, *example.shape[1:], generator=generator)
-    for batch in [random, *(images.detach().cpu().float().split(BATCH) if images is not None else [])]:
-        expected = masked(batch)
-        difference = largest_difference(expected, small(batch))
+    for batch in batches:
+        expected, found = (torch.cat([t.double().flatten() for t in tensors(net(batch))]) for net in (masked, small))
+        difference = float((expected - found).abs().max())
         report.difference = max(report.difference, difference)
         report.images += len(batch)
-        if not difference <= TOLERANCE:
-            layer = first_difference(masked, small, batch[:2], channels, keep, rank)
-            largest = largest_difference(expected)
-            advice = "report this network"
-            if not math.isfinite(difference):
-                advice = "the network's own weights or logits are not finite numbers"
-            elif largest > LARGEST_LOGIT:
-                advice = f"logits reach {largest:.3g}, too large for float32 to tell; train longer, or with a smaller learning rate"
-            raise UserError(
-                f"the small network differs by {difference:.3g} in a logit (allowed: {TOLERANCE:g}), first at {layer}; it is not written: {advice}"
-            )
-
-
-def largest_difference(first, second=None) -> float:
-    """Between two outputs: tensors, or tuples and dicts of them. Without a second one, the largest magnitude of the first."""
-    if isinstance(first, Tensor):
-        distance = first.double() if second is None else first.double() - second.double()
-        return float(distance.abs().max()) if first.numel() else 0.0
-    keys = first if isinstance(first, dict) else range(len(first))
-    return max((largest_difference(first[k], None if second is None else second[k]) for k in keys), default=0.0)
-
-
-def first_difference(
-    masked: nn.Module, small: nn.Module, batch: Tensor, channels: Channels, keep: Tensor, rank: dict[int, int]
-) -> str:
-    """The first layer whose kept channels differ in what a reader gets of them."""
-    values = {node.name: value for node, value in channels.values.items()}
-    for (node, wide), (_, slim) in zip(run(trace(masked, batch), batch), run(trace(small, batch), batch), strict=True):
-        if node.name not in values or not isinstance(wide, Tensor):
+        if difference <= TOLERANCE:
             continue
-        wide = wide[:, channels.order(values[node.name].ids, keep, rank)]
-        if wide.shape != slim.shape or largest_difference(wide, slim) > TOLERANCE:
-            return layer_name(node)
+        advice, largest = "report this network", float(expected.abs().max())
+        if not math.isfinite(difference):
+            advice = "the network's own weights or logits are not finite numbers"
+        elif largest > LARGEST_LOGIT:
+            advice = f"logits reach {largest:.3g}, too large for float32; train longer, or with a smaller learning rate"
+        raise _Different(
+            f"the small network differs by {difference:.3g} in a logit (allowed: {TOLERANCE:g}), first at "
+            f"{first_difference(masked, small, batch[:2], channels)}; it is not written: {advice}"
+        )
+
+
+def first_difference(masked: nn.Module, small: nn.Module, batch: Tensor, channels: Channels) -> str:
+    """The first layer whose kept channels differ in what a reader gets of them."""
+    ids = {node.name: value.ids for node, value in channels.values.items()}
+    steps = (run(trace(net, batch), batch) for net in (masked, small))
+    for (node, wide), (small_node, narrow) in zip(*steps, strict=True):
+        if node.name in ids and isinstance(wide[node], Tensor):
+            expected, found = wide[node][:, channels.order(ids[node.name])], narrow[small_node]
+            if expected.shape != found.shape or (expected - found).abs().max() > TOLERANCE:
+                return layer_name(node)
     return "the output"

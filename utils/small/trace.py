@@ -1,4 +1,4 @@
-"""The graph of operations of a network, by torch.fx, with the shape of every value."""
+"""The graph of operations of a network, by torch.fx, with the shape of every value and what each operation changes in place."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Tracer(fx.Tracer):
         try:
             return super().path_of_module(module)
         except NameError:
-            # A slice of a Sequential is a new Sequential that no name leads to; its layers have theirs.
+            # A slice of a Sequential is a new Sequential without a name; its layers have theirs.
             if isinstance(module, nn.Sequential):
                 return ROOT
             raise
@@ -41,55 +41,70 @@ class _Tracer(fx.Tracer):
         stack = dict(self.module_stack)
         try:
             return super().call_module(module, forward, args, kwargs)
-        except Exception:  # whatever a module's Python does with a value that is not there yet
+        except Exception:  # whatever a module's Python does with a value that does not exist yet
             self.module_stack.clear()
             self.module_stack.update(stack)
             # It becomes one opaque operation; what was traced of it stays in the graph and only makes the analysis more careful.
             return self.create_proxy("call_module", self.path_of_module(module), args, kwargs)
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a graph and yields every node with its value, in order; values are dropped when no later node reads them."""
-
-    def records(self, x: Tensor) -> Iterator[tuple[fx.Node, Any]]:
-        self.env = {}
-        self.args_iter = iter([x])
+class _Interpreter(fx.Interpreter):
+    def steps(self, x: Tensor) -> Iterator[tuple[fx.Node, dict[fx.Node, Any]]]:
+        self.env, self.args_iter = {}, iter([x])
         for node in self.module.graph.nodes:
             self.env[node] = self.run_node(node)
-            yield node, self.env[node]
-            for used in self.user_to_last_uses.get(node, []):
+            yield node, self.env
+            for used in [*self.user_to_last_uses.get(node, []), *([] if node.users else [node])]:
                 del self.env[used]
+
+
+@torch.no_grad()
+def run(graph: fx.GraphModule, x: Tensor) -> Iterator[tuple[fx.Node, dict[fx.Node, Any]]]:
+    """Yields (node, values by node) after every operation for the input x: its own value and all that it or a later one reads."""
+    yield from _Interpreter(graph).steps(x)
 
 
 def trace(net: nn.Module, example: Tensor) -> fx.GraphModule:
     """The graph of net(example).
 
     Args:
-        net: in eval mode. Modules and functions that torch.fx cannot see through become single operations.
+        net: in eval mode. Modules and functions that torch.fx cannot trace become single operations.
         example: a mini-batch that the network takes, on its device.
 
     Returns:
-        A GraphModule over the network's own modules; their names in it start with "net.", and node.meta["shape"] is the shape of a tensor value, None for
-        what is no single tensor.
+        A GraphModule over the network's own modules, whose names in it start with "net.". node.meta["shape"] is the shape of a tensor value, None
+        for other values; node.meta["changed"] lists the earlier nodes whose values this one changes in place, views and detached tensors included.
     """
     root = _Called(net)
     graph = fx.GraphModule(root, _Tracer().trace(root))
-    for node, value in run(graph, example):
-        node.meta["shape"] = tuple(value.shape) if isinstance(value, Tensor) else None
+    versions: dict[fx.Node, int] = {}
+    for node, values in run(graph, example):
+        node.meta["shape"] = tuple(values[node].shape) if isinstance(values[node], Tensor) else None
+        # Tensors that share storage share this counter, too.
+        now = {other: value._version for other, value in values.items() if isinstance(value, Tensor)}
+        node.meta["changed"] = [other for other in now if now[other] != versions.get(other, now[other])]
+        versions = now
     return graph
 
 
-@torch.no_grad()
-def run(graph: fx.GraphModule, x: Tensor) -> Iterator[tuple[fx.Node, Any]]:
-    """Yields (node, value) of every operation for the input x, in the order of execution."""
-    yield from _Recorder(graph).records(x)
+def module_name(node: fx.Node) -> str:
+    """The name in the network of the module that a node calls; "" for the network itself."""
+    return node.target.removeprefix(ROOT).removeprefix(".")
 
 
 def layer_name(node: fx.Node) -> str:
     """A node in the user's words: the module's name in the network, or the operation and the module that it is written in."""
     if node.op == "call_module":
-        return node.target.removeprefix(ROOT).removeprefix(".") or "the network"
+        return module_name(node) or "the network"
     operation = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     inside = list(node.meta.get("nn_module_stack", {}).values())
     owner = inside[-1][0].removeprefix(ROOT).removeprefix(".") if inside else ""
     return f"{operation} in {owner}" if owner else str(operation)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in a value: a tensor, or lists, tuples and dicts of them."""
+    if isinstance(value, Tensor):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else []
+    return [tensor for item in inner for tensor in tensors(item)]
