@@ -1,10 +1,11 @@
-"""Several processes train what one process trains: two gloo processes are started once, and what they report is looked at here."""
+"""Several processes train what one process trains: three gloo processes are started once, and compared here."""
 
 import os
 import socket
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
@@ -14,79 +15,29 @@ from data.synthetic import make_images
 from models.resnet_cifar import CifarResNet
 from utils.base.errors import UserError
 from utils.small.filters import kept_filters
-from utils.train import distributed
+from utils.train import distributed, engine
 from utils.train.distillation import Distillation
 from utils.train.engine import evaluate, train_epoch
 from utils.train.objective import cross_entropy
 from utils.train.trainer import check_same_on_all_ranks
 
 CPU = torch.device("cpu")
-# Of the two shares of the last mini-batch one is empty, others differ in size.
+RANKS = 3
+# Of the three shares of the last mini-batch two are empty, others differ in size.
 SIZES = [7, 8, 9, 11, 12, 1]
-EPOCHS = 4
 
 
 class NoNorm(nn.Module):
     """Convolutions with biases and no BatchNorm."""
 
-    def __init__(self, width):
+    def __init__(self, width=10):
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, width, 3, 2), nn.ReLU(), nn.Conv2d(width, width, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
-        )
+        self.body = nn.Sequential(nn.Conv2d(3, width, 3, 2), nn.ReLU(), nn.Conv2d(width, width, 3, 2), nn.ReLU())
         self.classifier = nn.Linear(width, 10)
 
     def forward(self, images, return_features=False):
-        x = self.body(images).flatten(1)
-        logits = self.classifier(x)
-        return (logits, x, []) if return_features else logits
-
-
-def images(augment=True):
-    pixels, labels = make_images(sum(SIZES), seed=3)
-    return ImageArrays(pixels, labels, [0.5] * 3, [0.25] * 3, augment=augment, seed=5)
-
-
-def make_objective(net, device, teacher):
-    objective = cross_entropy
-    if teacher:
-        torch.manual_seed(9)
-        objective = Distillation(NoNorm(14), net, images(False).__getitems__([0, 1])[0])
-    return objective
-
-
-def train(net, *, teacher=False, max_images=None, epochs=EPOCHS):
-    """Trains with the engine as a run does, alone or with the other processes; returns everything that came of it."""
-    objective = make_objective(net, CPU, teacher)
-    adapters = getattr(objective, "adapters", nn.ModuleList())
-    groups = [{"params": list(net.parameters())}]
-    groups += [{"params": list(adapters.parameters()), "HTrate": 1}] if teacher else []
-    optimizer = AHSG_HT(groups, lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, v=0.1, HTrate=0.7)
-    if distributed.world_size() > 1:
-        objective = distributed.ParallelObjective(net, objective, CPU)
-    loader = DataLoader(images(), 7, 0.2, shuffle=True, seed=1)
-    assert loader.sizes(0) == SIZES
-    kept, results = [], []
-    for epoch in range(epochs):
-        loader.set_epoch(epoch)
-        result = train_epoch(net, loader, objective, optimizer, CPU, epoch=epoch, max_images=max_images)
-        distributed.average_batchnorm(net)
-        check_same_on_all_ranks(kept_filters(net), epoch)
-        kept.append(kept_filters(net))
-        results.append((result.loss, result.top1, result.top5))
-    tested = evaluate(net, DataLoader(images(False), 5), CPU)
-    return {
-        "weights": {name: value.clone() for name, value in net.state_dict().items()},
-        "adapters": {name: value.clone() for name, value in adapters.state_dict().items()},
-        "kept": kept,
-        "trained": results,
-        "tested": (tested.loss, tested.top1, tested.top5),
-    }
-
-
-def no_norm():
-    torch.manual_seed(0)
-    return NoNorm(10)
+        x = self.body(images).mean((2, 3))
+        return (self.classifier(x), x, []) if return_features else self.classifier(x)
 
 
 class InDouble(nn.Module):
@@ -100,22 +51,54 @@ class InDouble(nn.Module):
         return self.net(images.double())
 
 
-def with_norm():
+def images(augment=True):
+    pixels, labels = make_images(sum(SIZES), seed=3)
+    return ImageArrays(pixels, labels, [0.5] * 3, [0.25] * 3, augment=augment, seed=5)
+
+
+def make_loader():
+    loader = DataLoader(images(), 7, 0.2, shuffle=True, seed=1)
+    assert loader.sizes(0) == SIZES
+    return loader
+
+
+def make_optimizer(groups):
+    return AHSG_HT(groups, lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, v=0.1, HTrate=0.7)
+
+
+def train(make=NoNorm, *, teacher=False, max_images=None, epochs=range(4), before=None):
+    """Trains with the engine as a run does, alone or with the other processes; returns everything that came of it."""
     torch.manual_seed(0)
-    return InDouble()
+    net, objective = make(), cross_entropy
+    groups, adapters = [{"params": list(net.parameters())}], nn.ModuleList()
+    if teacher:
+        objective = Distillation(NoNorm(14), net, images(False).__getitems__([0, 1])[0])
+        adapters = objective.adapters
+        groups += [{"params": list(adapters.parameters()), "HTrate": 1}]
+    optimizer = make_optimizer(groups)
+    if distributed.world_size() > 1:
+        objective = distributed.ParallelObjective(net, objective, CPU)
+    if before:
+        net.load_state_dict(before["weights"])
+        optimizer.load_state_dict(before["optimizer"])
+    loader, kept, results = make_loader(), [], []
+    for epoch in epochs:
+        loader.set_epoch(epoch)
+        result = train_epoch(net, loader, objective, optimizer, CPU, epoch=epoch, max_images=max_images)
+        distributed.average_batchnorm(net)
+        kept.append(kept_filters(net))
+        check_same_on_all_ranks(kept[-1], epoch)
+        results.append((result.loss, result.top1, result.top5))
+    tested = evaluate(net, DataLoader(images(False), 5), CPU)
+    return {
+        "weights": {**net.state_dict(), **{f"adapters.{name}": value for name, value in adapters.state_dict().items()}},
+        "optimizer": optimizer.state_dict(),
+        "kept": kept,
+        "results": [*results, (tested.loss, tested.top1, tested.top5)],
+    }
 
 
-RUNS = {
-    "plain": lambda: train(no_norm()),
-    "in parts": lambda: train(no_norm(), max_images=2),
-    "distilled": lambda: train(no_norm(), teacher=True),
-}
-
-
-def agreed(give):
-    """What five calls return when a rank gives 15 in the third and 2 in the last."""
-    agreement = distributed.Agreement()
-    return [agreement(15 if give and call == 2 else 2 if call == 4 else 0) for call in range(5)]
+RUNS = {"plain": {}, "in parts": {"max_images": 2}, "distilled": {"teacher": True}}
 
 
 def caught(function):
@@ -134,118 +117,146 @@ def fail_on(rank):
     return make
 
 
+def what_wrapping_changes():
+    net = CifarResNet(8).train()
+    state, random = {name: value.clone() for name, value in net.state_dict().items()}, torch.get_rng_state()
+    distributed.ParallelObjective(net, cross_entropy, CPU)
+    changed = [name for name, value in net.state_dict().items() if not torch.equal(value, state[name])]
+    changed += [name for name, p in net.named_parameters() if p.grad is not None]
+    return changed + ([] if torch.equal(random, torch.get_rng_state()) else ["random state"])
+
+
 def one_rank(rank, port, folder):
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     with distributed.process_group(0, 60):
-        report = {name: run() for name, run in RUNS.items()}
-        report["batchnorm"] = train(with_norm(), epochs=1)
-        report["agreed"] = agreed(rank == 1)
+        torch.manual_seed(rank)
+        report = {"copied": CifarResNet(8)}
+        distributed.copy_from_first(report["copied"])
+        report.update({name: train(**options) for name, options in RUNS.items()})
+        report["resumed"] = train(epochs=range(1, 4), before=train(epochs=range(1)))
+        report["batchnorm"] = train(InDouble, epochs=range(1))
+        report["wrapping changes"] = what_wrapping_changes()
+        agreement = distributed.Agreement()
+        report["agreed"] = [agreement(15 if rank and call == 2 else 2 if call == 4 else 0) for call in range(5)]
         report["different"] = caught(lambda: check_same_on_all_ranks({"conv": [rank]}, 7))
-        report["from first"] = caught(lambda: distributed.from_first(lambda: distributed.rank()))
+        report["from first"] = caught(lambda: distributed.from_first(distributed.rank))
         report["first fails"] = caught(lambda: distributed.from_first(fail_on(0)))
         report["second fails"] = caught(lambda: distributed.on_all(fail_on(1)))
-        report["none fails"] = caught(lambda: distributed.on_all(fail_on(2)))
+        report["none fails"] = caught(lambda: distributed.on_all(fail_on(RANKS)))
         torch.save(report, folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What two processes report."""
+    """What the processes report."""
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(one_rank, (port, folder), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    mp.spawn(one_rank, (port, folder), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_train_as_one_does(ranks, name):
-    one = RUNS["plain" if name == "in parts" else name]()
+def test_several_processes_train_as_one_does(ranks, name):
+    one = train(**{**RUNS[name], "max_images": None})
     for report in ranks:
-        two = report[name]
-        for entry in ("weights", "adapters"):
-            assert one[entry].keys() == two[entry].keys()
-            for key, value in one[entry].items():
-                assert (value - two[entry][key]).abs().max() <= 1e-6, key
-        assert one["kept"] == two["kept"]
-        assert torch.allclose(torch.tensor(one["trained"]), torch.tensor(two["trained"]), atol=1e-4)
-        assert one["tested"] == pytest.approx(two["tested"], abs=1e-4)
-    moved = max((value - one["weights"][key]).abs().max() for key, value in no_norm().state_dict().items())
+        several = report[name]
+        assert one["weights"].keys() == several["weights"].keys() and one["kept"] == several["kept"]
+        for key, value in one["weights"].items():
+            assert (value - several["weights"][key]).abs().max() <= 1e-6, key
+        assert torch.allclose(torch.tensor(one["results"]), torch.tensor(several["results"]), atol=1e-4)
+    torch.manual_seed(0)
+    moved = max((value - one["weights"][key]).abs().max() for key, value in NoNorm().state_dict().items())
     assert moved > 0.1, "nothing was learnt, so nothing was compared"
 
 
 def test_ranks_hold_the_same_bits(ranks):
     for name in (*RUNS, "batchnorm"):
-        first, second = (report[name]["weights"] for report in ranks)
-        assert all(torch.equal(first[key], second[key]) for key in first), name
+        first, *others = (report[name]["weights"] for report in ranks)
+        assert all(torch.equal(first[key], other[key]) for other in others for key in first), name
+    first, *others = (report["copied"].state_dict() for report in ranks)
+    assert all(torch.equal(first[key], other[key]) for other in others for key in first)
 
 
-def test_an_accumulated_gradient_is_that_of_the_whole_mini_batch():
-    whole, parts = train(no_norm()), train(no_norm(), max_images=3)
-    assert all((value - parts["weights"][key]).abs().max() <= 1e-6 for key, value in whole["weights"].items())
-    assert torch.allclose(torch.tensor(whole["trained"]), torch.tensor(parts["trained"]), atol=1e-4)
+def test_three_resumed_processes_add_in_the_same_order(ranks):
+    whole, resumed = ranks[0]["plain"]["weights"], ranks[0]["resumed"]["weights"]
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert [report["wrapping changes"] for report in ranks] == [[]] * RANKS
+
+
+def test_an_accumulated_gradient_is_that_of_the_undivided_mini_batch():
+    at_once, parts = train(), train(max_images=3)
+    assert all((value - parts["weights"][key]).abs().max() <= 1e-6 for key, value in at_once["weights"].items())
+    assert torch.allclose(torch.tensor(at_once["results"]), torch.tensor(parts["results"]), atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(260, 2), (512, 2), (513, 3), (1, 1)])
+def test_every_rank_takes_its_share_in_as_many_parts(monkeypatch, size, expected):
+    """SyncBatchNorm exchanges statistics in every forward pass: 260 images on 8 ranks are shares of 33 and of 32."""
+    monkeypatch.setattr(engine, "world_size", lambda: 8)
+    net, counts = nn.Linear(2, 2), set()
+    for rank in range(8):
+        share, calls = torch.zeros(len(range(rank, size, 8)), 2), []
+
+        def objective(net, x, y, calls=calls):
+            calls.append(len(y))
+            return net(x).sum(), net(x)
+
+        labels = torch.zeros(len(share), dtype=torch.int64)
+        engine.add_gradients(net, objective, share, labels, size, 32, engine.RunningMeans(CPU))
+        assert sum(calls) == len(share) and max(calls) <= 32
+        counts.add(len(calls))
+    assert counts == {expected}
 
 
 class Shares:
-    """The naive version of two ranks with BatchNorm, in one process: the halves of a mini-batch go through the network one after
-    the other, each with its own statistics; two copies keep running statistics."""
+    """The naive version of several ranks with BatchNorm, in one process: the shares of a mini-batch go through the network
+    one after the other, each with its own statistics; copies keep running statistics."""
 
     def __init__(self, net):
-        self.nets = [net, InDouble()]
-        self.nets[1].load_state_dict(net.state_dict())
+        self.nets = [net, *(InDouble().train() for _ in range(RANKS - 1))]
+        for copy in self.nets[1:]:
+            copy.load_state_dict(net.state_dict())
 
     def __call__(self, net, x, y):
-        self.nets[1].train()
         loss, logits = 0, []
-        for own, share, labels in ((n, x[r::2], y[r::2]) for r, n in enumerate(self.nets)):
-            if not len(labels):
-                continue
-            out = torch.func.functional_call(own, {**dict(own.named_buffers()), **dict(net.named_parameters())}, share)
-            loss = loss + nn.functional.cross_entropy(out, labels, reduction="sum") / len(y)
-            logits.append(out)
+        for rank, own in enumerate(self.nets):
+            share, labels = x[rank::RANKS], y[rank::RANKS]
+            if len(labels):
+                tensors = {**dict(own.named_buffers()), **dict(net.named_parameters())}
+                logits.append(torch.func.functional_call(own, tensors, share))
+                loss = loss + nn.functional.cross_entropy(logits[-1], labels, reduction="sum") / len(y)
         return loss, torch.cat(logits)
 
 
 def test_batchnorm_of_each_rank_sees_its_share_alone(ranks):
-    """Per-rank statistics are those of ghost batches: other weights than one process's, exactly those of the naive version."""
-    net = with_norm()
+    """Per-rank statistics are those of ghost batches: other weights than one process's, those of the naive version."""
+    torch.manual_seed(0)
+    net = InDouble()
     naive = Shares(net)
-    loader = DataLoader(images(), 7, 0.2, shuffle=True, seed=1)
-    optimizer = AHSG_HT(net.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, v=0.1, HTrate=0.7)
-    train_epoch(net, loader, naive, optimizer, CPU, epoch=0)
-    two, whole = ranks[0]["batchnorm"]["weights"], train(with_norm(), epochs=1)["weights"]
+    train_epoch(net, make_loader(), naive, make_optimizer(net.parameters()), CPU, epoch=0)
+    several, alone = ranks[0]["batchnorm"]["weights"], train(InDouble, epochs=range(1))["weights"]
     for name, p in net.named_parameters():
-        assert (p - two[name]).abs().max() <= 1e-10, name
+        assert (p - several[name]).abs().max() <= 1e-10, name
     for name, buffer in net.named_buffers():
-        mean = (buffer + dict(naive.nets[1].named_buffers())[name]) / 2 if buffer.is_floating_point() else buffer
-        assert torch.allclose(mean, two[name], atol=1e-10, rtol=1e-10), name
-    assert max((whole[name] - two[name]).abs().max() for name, _ in net.named_parameters()) > 1e-3
-
-
-def test_a_request_to_stop_reaches_every_rank_after_the_same_mini_batch(ranks):
-    assert [report["agreed"] for report in ranks] == [[0, 0, 0, 15, 0]] * 2
-
-
-def test_other_kept_filters_on_another_rank_end_the_run(ranks):
-    for report in ranks:
-        assert "after epoch 7 ranks 0 and 1 keep different filters" in report["different"]
+        copies = torch.stack([dict(copy.named_buffers())[name] for copy in naive.nets])
+        expected = copies.mean(0) if buffer.is_floating_point() else copies.amax(0)
+        assert torch.allclose(expected, several[name], atol=1e-10, rtol=1e-10), name
+    assert max((alone[name] - several[name]).abs().max() for name, _ in net.named_parameters()) > 1e-3
 
 
 def test_what_one_rank_knows_the_others_get(ranks):
-    first, second = ranks
-    assert first["from first"] == second["from first"] == 0
-    assert first["none fails"] == second["none fails"] == "made"
-    assert (first["first fails"], second["first fails"]) == ("UserError: no data on 0", "SystemExit: 2")
-    assert (first["second fails"], second["second fails"]) == ("UserError: on rank 1: no data on 1", "SystemExit: 2")
+    assert [report["agreed"] for report in ranks] == [[0, 0, 0, 15, 0]] * RANKS
+    assert all("after epoch 7 ranks 0 and 1 keep different filters" in report["different"] for report in ranks)
+    assert [report["from first"] for report in ranks] == [0] * RANKS
+    assert [report["none fails"] for report in ranks] == ["made"] * RANKS
+    assert [report["first fails"] for report in ranks] == ["UserError: no data on 0", *["SystemExit: 2"] * (RANKS - 1)]
+    expected = ["UserError: on rank 1: no data on 1", *["SystemExit: 2"] * (RANKS - 1)]
+    assert [report["second fails"] for report in ranks] == expected
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
@@ -255,8 +266,34 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         distributed.own_gpu(2, 2)
 
 
-def test_sync_batchnorm_keeps_names_and_tensors():
-    net = with_norm()
+def test_sync_batchnorm_and_back_keep_names_and_tensors():
+    net = CifarResNet(8).eval()
     before = net.state_dict(keep_vars=True)
-    synced = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    assert all(value is before[name] for name, value in synced.state_dict(keep_vars=True).items())
+    synced = distributed.synchronise_batchnorm(net, torch.device("cuda"))
+    plain = distributed.plain_batchnorm(synced)
+    after = plain.state_dict(keep_vars=True)
+    assert list(after) == list(before) and all(after[name] is before[name] for name in before)
+    kinds = {type(m) for m in plain.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    assert kinds == {nn.BatchNorm2d} and not any(m.training for m in plain.modules())
+    with pytest.raises(UserError, match="--sync_bn works on GPUs only"):
+        distributed.synchronise_batchnorm(net, CPU)
+
+
+LOST = [
+    RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:1975"),
+    RuntimeError("[../gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 3000ms for recv operation"),
+    dist.DistNetworkError("The client socket has timed out"),
+    dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:1, remote process exited, NCCL 2.27"),
+]
+NOT_LOST = [
+    dist.DistBackendError("NCCL error in: NCCLUtils.cpp:1, ncclInvalidUsage: Duplicate GPU detected"),
+    RuntimeError("[enforce fail at ../gloo/allreduce.cc:22] opts.elements > 0"),
+    RuntimeError("DataLoader timed out after 5 seconds"),
+    RuntimeError("Distributed package doesn't have NCCL built in"),
+]
+
+
+def test_only_errors_of_a_lost_connection_count_as_one(monkeypatch):
+    assert not any(distributed.is_lost_connection(error) for error in LOST), "one process has nobody to lose"
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    assert [error for error in LOST + NOT_LOST if distributed.is_lost_connection(error)] == LOST

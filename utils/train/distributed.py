@@ -177,8 +177,8 @@ class ParallelObjective:
         net, objective: what a single process would train; `objective.adapters`, if any, are trained with it.
         device: of both.
 
-    A loss must be weighted by world_size * (images of the share) / (images of the mini-batch) before backward(). An empty
-    share is valid: its loss and gradients are 0, and it takes part in the exchange.
+    A loss must be weighted by world_size * (images of the share) / (images of the mini-batch) before backward(). An
+    empty share is valid: its loss and gradients are 0, and it takes part in the exchange.
     """
 
     def __init__(self, net: nn.Module, objective: Callable, device: torch.device):
@@ -191,7 +191,7 @@ class ParallelObjective:
         # Each rank's BatchNorm keeps its own running statistics; `average_batchnorm` averages them.
         self.module.broadcast_buffers = False
         # DistributedDataParallel orders its buckets anew after the first backward pass, and with them the sums over
-        # three and more ranks. That happens here, with gradients of 0, so that a resumed run sums like an uninterrupted one.
+        # three and more ranks. That happens here, with gradients of 0, so that a resumed run sums in the same order.
         for _ in range(2):
             self.module(None, None)[0].backward()
         self.module.zero_grad(set_to_none=True)
