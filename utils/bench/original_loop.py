@@ -1,25 +1,23 @@
-"""A training loop written as the authors' release writes it: what this project's loop is timed and compared against.
+"""A training loop in the style of the authors' release: what this project's loop is timed and compared against.
 
-Every image is a PIL image that goes through torchvision's transforms by itself, in worker processes; the network is in NCHW float32;
-loss and accuracies are read back with .item() at every step; filters are thresholded one by one on the host (utils.bench.per_filter_loop).
-Only utils.bench.training and the tests use it. Unlike the release's, its loader has the exact length and its heavy ball is the true one,
-so that both loops do the same work.
+Every image is a PIL image that goes through torchvision's transforms by itself, in worker processes; the network is in
+NCHW; loss and accuracies are read back with .item() at every step; filters are thresholded one by one on the host.
+Unlike the release's, its loader has the exact length and its heavy ball is the true one: both loops do the same work.
 """
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from data.images import ImageArrays
-from data.sampler import GrowingBatchSampler
+from data import DataLoader, ImageArrays
 from utils.base.torchvision_import import import_torchvision
-from utils.bench.per_filter_loop import PerFilterLoop
 
 
 class PilImages(Dataset):
@@ -29,14 +27,10 @@ class PilImages(Dataset):
         transforms = import_torchvision().transforms
         self.pixels = images.images.permute(0, 2, 3, 1).contiguous().numpy()
         self.labels = images.labels.tolist()
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomHorizontalFlip(),
-                transforms.RandomCrop(images.images.shape[-1], padding=4),
-                transforms.ToTensor(),
-                transforms.Normalize(images.mean.tolist(), images.std.tolist()),
-            ]
-        )
+        flip = transforms.RandomHorizontalFlip()
+        crop = transforms.RandomCrop(images.images.shape[-1], padding=4)
+        normalise = transforms.Normalize(images.mean.tolist(), images.std.tolist())
+        self.transform = transforms.Compose([flip, crop, transforms.ToTensor(), normalise])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -45,76 +39,66 @@ class PilImages(Dataset):
         return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
 
 
-class EpochOrder:
-    """A batch sampler that begins the next epoch's permutation at every iter()."""
+class PerFilterLoop:
+    """AHSG-HT's step, one parameter and one filter at a time.
 
-    def __init__(self, sampler: GrowingBatchSampler):
-        self.sampler = sampler
-        self.next_epoch = 0
+    As in the release every filter's norm is read back to the host, numpy sorts the norms, and a loop writes zeros into
+    the filters that are removed.
 
-    def __len__(self) -> int:
-        return len(self.sampler)
+    Args:
+        params: in the order of `net.parameters()`; every convolution is followed by its own bias and BatchNorm.
+        v, HTrate: as in AHSG_HT.
+        sgd: lr, momentum, weight_decay, nesterov.
+    """
 
-    def __iter__(self):
-        self.sampler.epoch = self.next_epoch
-        self.next_epoch += 1
-        return iter(self.sampler)
+    def __init__(self, params: list[Tensor], v: float, HTrate: float, **sgd):
+        self.params = list(params)
+        self.sgd = torch.optim.SGD(self.params, foreach=False, **sgd)
+        self.v = v
+        self.HTrate = HTrate
+        self.previous: list[Tensor] = []
 
+    @torch.no_grad()
+    def step(self) -> None:
+        current = [p.clone() for p in self.params]
+        self.sgd.step()
+        for p, here, before in zip(self.params, current, self.previous or current, strict=True):
+            p.add_(here - before, alpha=self.v)
+        self.previous = current
+        for index, weight in enumerate(self.params):
+            if weight.dim() == 4:
+                norms = np.array([float(torch.linalg.vector_norm(one)) for one in weight])
+                # Lifted, so that 90 filters at 0.7 keep 63 although 90 * 0.7 is 62.99999999999999.
+                kept = math.floor(len(norms) * self.HTrate * (1 + 1e-12))
+                for removed in np.argsort(-norms, kind="stable")[kept:].tolist():
+                    weight[removed] = 0
+                    for additive in self._additives(index):
+                        additive[removed] = 0
 
-def release_loader(images: ImageArrays, batch_size: int, k, *, seed: int, workers: int, pin_memory: bool) -> DataLoader:
-    """torch's DataLoader over PIL images, with the growing mini-batch."""
-    sampler = GrowingBatchSampler(len(images), batch_size, k, shuffle=True, seed=seed)
-    return DataLoader(
-        PilImages(images),
-        batch_sampler=EpochOrder(sampler),
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=pin_memory,
-    )
-
-
-class AverageMeter:
-    """The last value, and the mean so far."""
-
-    def __init__(self):
-        self.val = self.avg = self.sum = 0.0
-        self.count = 0
-
-    def update(self, value: float, n: int = 1) -> None:
-        self.val = value
-        self.sum += value * n
-        self.count += n
-        self.avg = self.sum / self.count
-
-
-def accuracy(logits: Tensor, labels: Tensor, topk: tuple[int, ...]) -> list[Tensor]:
-    """Accuracies in percent among the k largest logits, each a tensor of one entry."""
-    _, predicted = logits.topk(max(topk), 1, True, True)
-    correct = predicted.t().eq(labels.view(1, -1).expand_as(predicted.t()))
-    return [correct[:k].reshape(-1).float().sum(0, keepdim=True).mul_(100.0 / labels.size(0)) for k in topk]
+    def _additives(self, index: int) -> list[Tensor]:
+        """Biases of a convolution and its BatchNorm: [bias], [norm weight, norm bias] or all three follow it."""
+        following = []
+        for p in self.params[index + 1 :]:
+            if p.dim() != 1 or len(p) != len(self.params[index]):
+                break
+            following.append(p)
+        return [following[i] for i in {0: (), 1: (0,), 2: (1,), 3: (0, 2)}[len(following)]]
 
 
-def train_epoch_as_released(
-    net: nn.Module, loader: DataLoader, objective: Callable, optimizer: PerFilterLoop, device: torch.device, epoch: int
+def train_epoch_original(
+    net: nn.Module, loader: DataLoader, objective: Callable, optimizer: PerFilterLoop, device: torch.device
 ) -> tuple[float, float, float]:
     """One pass over the training data; mean loss, and top-1 and top-5 accuracy in percent."""
-    batch_time, data_time, losses, top1, top5 = (AverageMeter() for _ in range(5))
     net.train()
-    first = None
-    end = time.time()
+    sums, count = [0.0, 0.0, 0.0], 0
     for images, labels in loader:
-        data_time.update(time.time() - end)
         images, labels = images.to(device), labels.to(device, non_blocking=True)
-        first = first or images.size(0)
         loss, logits = objective(net, images, labels)
-        prec1, prec5 = accuracy(logits.data, labels, topk=(1, min(5, logits.size(1))))
-        losses.update(loss.item(), images.size(0))
-        top1.update(prec1.item(), images.size(0))
-        top5.update(prec5.item(), images.size(0))
+        hits = logits.detach().topk(min(5, logits.size(1))).indices == labels[:, None]
+        batch = (loss.item() * len(labels), 100 * hits[:, 0].sum().item(), 100 * hits.sum().item())
+        sums = [total + value for total, value in zip(sums, batch, strict=True)]
+        count += len(labels)
         optimizer.sgd.zero_grad(set_to_none=False)
         loss.backward()
-        optimizer.update_HSG(1)
-        optimizer.step(None, images.size(0) / first, epoch, 1)
-        batch_time.update(time.time() - end)
-        end = time.time()
-    return losses.avg, top1.avg, top5.avg
+        optimizer.step()
+    return tuple(total / count for total in sums)

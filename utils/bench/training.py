@@ -1,304 +1,139 @@
-"""Times this project's training loop beside one written as the authors' release writes it (utils.bench.original_loop).
+"""Times this project's training loop beside one in the style of the authors' release (utils.bench.original_loop).
 
-    python -m utils.bench.training data/cifar10                                # every network, with and without a teacher
-    python -m utils.bench.training data/cifar10 --nets resnet20 --teacher no --save_path results/bench_training
-    python -m utils.bench.training data/cifar10 --startup                      # seconds from command to first step
-    python -m utils.bench.training data/cifar10 --accuracy --seeds 1 2 3       # short runs of both loops, tested
-    python -m utils.bench.training data/cifar10 --operations --teacher no      # time per kind of operation
+    python -m utils.bench.training data/cifar10                                    # ResNet-20, ResNet-56, VGG-16-bn
+    python -m utils.bench.training data/cifar10 --arch resnet20 --loops original this amp compile both
+    python -m utils.bench.training --dataset synthetic --arch resnet20 --teacher resnet56
 
-The loops take turns, round by round, each in a process of its own that sleeps meanwhile; figures are medians over the rounds. A first
-round of each is not counted. On a GPU the shares of time come of one more round with synchronised clocks. Teachers have random weights.
+Each loop has a process of its own, with its own allocator, threads and workers, and sleeps while another has its turn.
+They take turns round by round. A first round of each (compilation, start of workers) is not counted.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shlex
+import multiprocessing
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
+from functools import partial
 
 import torch
 
 import data
 import models
+from AHSG_HT import AHSG_HT
 from utils.base.errors import UserError, run_main
-from utils.bench.accuracy import accuracy_table, run_accuracy
-from utils.bench.loops import LoopProcess, Setup
-from utils.bench.operations import operations_table, time_operations
-from utils.small.counts import count
-from utils.train.device import choose_device, describe_machine
-from utils.train.options import OneLineParser, path_name, whole
-from utils.train.options import count as positive_count
+from utils.bench.optimizer import HT_RECIPE
+from utils.bench.original_loop import PerFilterLoop, PilImages, train_epoch_original
+from utils.bench.report import make_parser, parse, publish, take_turns
+from utils.train.acceleration import Acceleration, accelerate
+from utils.train.device import flush_denormals, reuse_freed_memory, seed_everything, usable_cores
+from utils.train.distillation import Distillation
+from utils.train.engine import RunningMeans, to_device, train_step
+from utils.train.objective import cross_entropy
+from utils.train.options import count, whole
 
-ROOT = Path(__file__).resolve().parents[1]
-NETS = {"resnet20": "resnet56", "resnet56": "resnet110", "vgg16_bn": "vgg19_bn"}
+NETS = ("resnet20", "resnet56", "vgg16_bn")
 # What is compared, and the options of this project's loop behind each name.
-LOOPS = {
-    "release": {},
-    "this": {},
-    "this --compile": {"compile": True},
-    "this --amp": {"amp": True},
-    "this --amp --compile": {"amp": True, "compile": True},
-}
-PARTS = ("data", "forward and backward", "optimizer")
+LOOPS = {"original": {}, "this": {}, "amp": dict(amp=True), "compile": dict(compile=True)}
+LOOPS["both"] = LOOPS["amp"] | LOOPS["compile"]
+# In a loop's own process: the loop, once it is made.
+_made: list[Callable] = []
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("data_path", nargs="?", default="./data", help="where the images are (./data)")
-    parser.add_argument("--dataset", choices=data.DATASETS, default="cifar10", help="synthetic needs no data (cifar10)")
-    parser.add_argument("--nets", nargs="+", default=list(NETS), help=f"networks ({' '.join(NETS)})")
-    parser.add_argument(
-        "--teacher", choices=("no", "yes", "both"), default="both", help="time with a larger teacher (both)"
-    )
-    parser.add_argument(
-        "--loops",
-        nargs="+",
-        choices=list(LOOPS),
-        help="what is compared (release, this, this --compile; --accuracy and --operations: without the last)",
-    )
-    parser.add_argument("--images", type=positive_count, help="training images per round (1280; --accuracy: 10000)")
-    parser.add_argument("--rounds", type=positive_count, default=5, help="rounds counted (5)")
-    parser.add_argument("--batch_size", type=positive_count, default=128, help="images per mini-batch (128)")
-    parser.add_argument("--workers", type=whole, default=2, help="processes that make mini-batches, in each loop (2)")
-    parser.add_argument("--threads", type=positive_count, help="CPU threads of each loop (torch's choice)")
-    parser.add_argument("--ngpu", type=whole, help="0: CPU (default: a GPU where there is one)")
-    other = parser.add_mutually_exclusive_group()
-    other.add_argument("--accuracy", action="store_true", help="test short pruned runs instead of timing")
-    other.add_argument("--startup", action="store_true", help="time the script from command to first step instead")
-    other.add_argument(
-        "--operations", action="store_true", help="time every kind of tensor operation instead, in eager loops"
-    )
-    parser.add_argument("--seeds", type=whole, nargs="+", default=[1, 2, 3], help="of --accuracy (1 2 3)")
-    parser.add_argument("--epochs", type=positive_count, default=3, help="of --accuracy (3)")
-    parser.add_argument("--save_path", type=path_name, help="folder for the table (.md) and all figures (.json)")
-    args = parser.parse_args(argv)
-    args.device = str(choose_device(args.ngpu))
-    args.images = args.images or (10_000 if args.accuracy else 1280)
-    compiled = [name for name in args.loops or () if LOOPS[name].get("compile")]
-    if args.operations and compiled:
-        raise UserError(f"--operations times eager loops, what is compiled is one operation; leave out '{compiled[0]}'")
-    args.loops = args.loops or ["release", "this"] + ["this --compile"] * (not args.operations and not args.accuracy)
-    for arch in args.nets:
-        models.check_arch(arch)
-    if args.images < args.batch_size:
-        raise UserError(f"--images {args.images} is less than a mini-batch of {args.batch_size}; give more")
-    return args
+def make_loop(name: str, arch: str, args: argparse.Namespace) -> Callable[[], tuple[float, ...]]:
+    """One of the loops, ready to train epoch after epoch; each call returns mean loss, top-1 and top-5 accuracy.
 
-
-def setups(args: argparse.Namespace, arch: str, teacher: str | None, seed: int = 1, k=None) -> list[Setup]:
-    """A Setup per loop that is compared."""
-    return [
-        Setup(
-            loop=name.split()[0],
-            arch=arch,
-            teacher=teacher,
-            dataset=args.dataset,
-            data_path=args.data_path,
-            images=args.images,
-            batch_size=args.batch_size,
-            k=k,
-            workers=args.workers,
-            seed=seed,
-            device=args.device,
-            threads=args.threads,
-            **LOOPS[name],
-        )
-        for name in args.loops
-    ]
-
-
-def bench(chosen: list[Setup], rounds: int) -> list[dict]:
-    """Times loops in turn: a row per loop with medians over the rounds, in the order of `chosen`."""
-    with ExitStack() as stack:
-        processes = [stack.enter_context(LoopProcess(setup)) for setup in chosen]
-        first = [process.call("train")["seconds"] for process in processes]
-        taken = [[process.call("train") for process in processes] for _ in range(rounds)]
-        on_gpu = chosen[0].device != "cpu"
-        parts = [process.call("train", True) for process in processes] if on_gpu else None
-        peaks = [process.call("matmul_flops") for process in processes]
-    rows = []
-    for i, setup in enumerate(chosen):
-        own = [one[i] for one in taken]
-        speeds = sorted(one["images"] / one["seconds"] for one in own)
-        split = [parts[i]] if parts else own
-        row = {
-            "loop": setup.label,
-            "images_per_s": statistics.median(speeds),
-            "slowest": speeds[0],
-            "fastest": speeds[-1],
-            "shares": {name: statistics.median(one[name] / one["seconds"] for one in split) for name in PARTS},
-            "memory": own[-1]["memory"],
-            "first_round_s": first[i],
-            "matmul_flops": peaks[i],
-            "rounds": own,
-        }
-        rows.append(row)
-    for row in rows:
-        row["times_release"] = row["images_per_s"] / rows[0]["images_per_s"]
-    return rows
-
-
-def training_flops(arch: str, teacher: str | None) -> tuple[int, int]:
-    """Floating-point operations per training image, forward and backward.
-
-    2 per multiply-add, once forward and twice backward (gradients of inputs and of weights); a teacher forward only.
+    Args:
+        name: of LOOPS.
+        arch: the network that is trained; a teacher (args.teacher) has random weights, only time is measured.
+        args: of the command line.
     """
-    image = torch.zeros(1, 3, 32, 32)
-    forward = 2 * count(models.build(arch), image).multiply_adds
-    return forward + (2 * count(models.build(teacher), image).multiply_adds if teacher else 0), 2 * forward
+    original, on_gpu = name == "original", args.device.type == "cuda"
+    seed_everything(1)
+    loaded = data.load(args.dataset, args.data_path, seed=1)
+    images, classes = loaded.train, len(loaded.classes)
+    if args.images > len(images):
+        raise UserError(f"--images {args.images}: the data set has {len(images)}; give fewer")
+    images.images, images.labels = images.images[: args.images].clone(), images.labels[: args.images].clone()
+    layout = torch.contiguous_format if original else torch.channels_last
+    net = models.build(arch, num_classes=classes).to(args.device, memory_format=layout)
+    objective = cross_entropy
+    if args.teacher:
+        teacher = models.build(args.teacher, num_classes=classes).to(args.device, memory_format=layout)
+        objective = Distillation(teacher, net, torch.stack([images[i][0] for i in range(2)]).to(args.device))
+    # On a GPU this loop keeps the images there and needs no workers.
+    workers = 0 if on_gpu and not original else args.workers
+    options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=original and on_gpu)
+    images = PilImages(images) if original else images.to(args.device)
+    loader = data.DataLoader(images, args.batch_size, shuffle=True, seed=1, **options)
+    if original:
+        optimizer = PerFilterLoop(list(net.parameters()), **HT_RECIPE)
+        return lambda: train_epoch_original(net, loader, objective, optimizer, args.device)
+    optimizer = AHSG_HT(net.parameters(), **HT_RECIPE)
+    objective = accelerate(net, objective, args.device, Acceleration(**LOOPS[name]), args.batch_size)
+
+    def train_epoch() -> tuple[float, ...]:
+        net.train()
+        means, sizes = RunningMeans(args.device), loader.sizes()
+        for t, (x, y) in enumerate(loader):
+            x, y = to_device(x, y, args.device)
+            train_step(net, x, y, objective, optimizer, means, t=t, sizes=sizes, epoch=0)
+        result = means.read()
+        return result.loss, result.top1, result.top5
+
+    return train_epoch
 
 
-def table(results: list[dict], heading: str) -> str:
-    """The timings as Markdown."""
-    lines = [
-        heading,
-        "",
-        "| network | teacher | loop | images/s | slowest .. fastest | times the first | data | forward and backward | optimizer "
-        "| peak memory, MiB (+ workers) | GPU, MiB | of matmul FLOP/s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        for row in result["rows"]:
-            data_share, net_share, optimizer_share = (f"{100 * row['shares'][name]:.1f} %" for name in PARTS)
-            memory = row["memory"]
-            process = "-" if memory["process"] is None else f"{memory['process']:.0f} + {memory['workers']:.0f}"
-            gpu = "-" if memory["gpu"] is None else f"{memory['gpu']:.0f}"
-            reached = row["images_per_s"] * result["flops_per_image"] / row["matmul_flops"]
-            lines.append(
-                f"| {result['arch']} | {result['teacher'] or '-'} | {row['loop']} | {row['images_per_s']:.0f} "
-                f"| {row['slowest']:.0f} .. {row['fastest']:.0f} | {row['times_release']:.2f} | {data_share} | {net_share} "
-                f"| {optimizer_share} | {process} | {gpu} | {100 * reached:.0f} % |"
-            )
-    return "\n".join(lines) + "\n"
+def train_round(name: str, arch: str, args: argparse.Namespace, start_method: str) -> None:
+    """Trains one epoch in the loop's own process; the first call makes the loop."""
+    if not _made:
+        # A spawned process spawns by default; the loader's workers are to start as in a script.
+        multiprocessing.set_start_method(start_method, force=True)
+        if name != "original":
+            flush_denormals()
+            reuse_freed_memory()
+        _made.append(make_loop(name, arch, args))
+    _made[0]()
+    if args.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
-def time_startup(args: argparse.Namespace, arch: str, repeats: int = 3) -> list[float]:
-    """Seconds from starting the CIFAR script to its first training step, a cache of the images being there."""
-    taken = []
-    for _ in range(repeats + 1):
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, str(ROOT / "cifar10_resnet_test.py"), args.data_path, "--dataset", args.dataset]
-            command += ["--arch", arch, "--print_freq", "1", "--epochs", "1", "--save_path", f"{folder}/run"]
-            command += ["--ngpu", "0"] if args.device == "cpu" else []
-            threads = {"OMP_NUM_THREADS": str(args.threads)} if args.threads else {}
-            begin = time.perf_counter()
-            script = subprocess.Popen(
-                command, stdout=subprocess.PIPE, text=True, env={**os.environ, **threads, "PYTHONUNBUFFERED": "1"}
-            )
-            try:
-                first = next((line for line in script.stdout if "[000][000/" in line), None)
-                if first is None:
-                    raise UserError(f"the script ended before its first step: {shlex.join(command)}")
-                taken.append(time.perf_counter() - begin)
-            finally:
-                script.kill()
-                script.wait()
-    # The first one may have made the cache.
-    return taken[1:]
-
-
-def teachers(args: argparse.Namespace, arch: str) -> list[str | None]:
-    """The teachers of a network, by --teacher; None: trained without."""
-    larger = NETS.get(arch, arch)
-    return {"no": [None], "yes": [larger], "both": [None, larger]}[args.teacher]
-
-
-def describe(args: argparse.Namespace, argv: list[str]) -> tuple[str, dict]:
-    """The command, and the machine it ran on."""
-    machine = describe_machine(torch.device(args.device)) | {
-        "torch": str(torch.__version__),
-        "load": [round(x, 2) for x in os.getloadavg()],
-    }
-    return shlex.join(["python", "-m", "utils.bench.training", *argv]), machine
-
-
-def save(folder: str | None, name: str, text: str, facts: dict) -> None:
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / f"{name}.md").write_text(text, encoding="utf-8")
-        (Path(folder) / f"{name}.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-
-
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse(argv)
-    command, machine = describe(args, argv)
-    where = f"{machine['gpu'] or 'CPU'}, {machine['cpu_cores']} cores, {args.threads or machine['threads']} threads, torch {machine['torch']}"
-    device = torch.device(args.device).type
-    for arch in args.nets:
-        if args.startup:
-            taken = time_startup(args, arch)
-            text = f"`{command}`; {where}: {arch}, {statistics.median(taken):.1f} s from command to first step (median of {len(taken)})\n"
-            print(text, end="", flush=True)
-            save(
-                args.save_path,
-                f"startup_{device}_{arch}",
-                text,
-                {"command": command, "machine": machine, "seconds": taken},
-            )
-        elif args.accuracy:
-            path = Path(args.save_path) / f"accuracy_{device}_{arch}.json" if args.save_path else None
-            if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            chosen = [one for seed in args.seeds for one in setups(args, arch, None, seed, k=2 * args.batch_size)]
-            rows = run_accuracy(chosen, args.epochs, path)
-            text = accuracy_table(rows, command)
-            print(text, flush=True)
-            if path:
-                path.with_suffix(".md").write_text(text, encoding="utf-8")
-        elif args.operations:
-            for teacher in teachers(args, arch):
-                results = time_operations(setups(args, arch, teacher), args.rounds)
-                forward, backward = training_flops(arch, teacher)
-                guided = f" with a {teacher} teacher" if teacher else ""
-                text = operations_table(
-                    results,
-                    {"aten::convolution": forward, "aten::convolution_backward": backward},
-                    f"`{command}`; {where}; {arch}{guided}, {args.images} images a round in mini-batches of {args.batch_size}, {args.workers} workers, medians of {args.rounds} rounds "
-                    f"in turn; load average at the start {machine['load'][0]}.",
-                )
-                print(text, flush=True)
-                name = f"operations_{device}_{arch}" + (f"_from_{teacher}" if teacher else "")
-                save(args.save_path, name, text, {"command": command, "machine": machine, "results": results})
-        else:
-            results = []
-            for teacher in teachers(args, arch):
-                rows = bench(setups(args, arch, teacher), args.rounds)
-                results.append(
-                    {
-                        "arch": arch,
-                        "teacher": teacher,
-                        "flops_per_image": sum(training_flops(arch, teacher)),
-                        "rows": rows,
-                    }
-                )
-                for row in rows:
-                    print(
-                        f"{arch}, teacher {teacher or 'none'}, {row['loop']}: {row['images_per_s']:.0f} images/s, {row['times_release']:.2f} times the first",
-                        flush=True,
-                    )
-            heading = (
-                f"`{command}`; {where}; {args.images} images a round in mini-batches of {args.batch_size}, {args.workers} workers, "
-                f"medians of {args.rounds} rounds in turn; load average at the start {machine['load'][0]}."
-            )
-            text = table(results, heading)
-            print("\n" + text, flush=True)
-            save(
-                args.save_path,
-                f"speed_{device}_{arch}",
-                text,
-                {"command": command, "machine": machine, "results": results},
-            )
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__, repeats=5)
+    parser.add_argument("data_path", nargs="?", default="./data", help="where the images are (./data)")
+    parser.add_argument("--dataset", choices=list(data.DATASETS), default="cifar10", help="synthetic needs no files")
+    parser.add_argument("--arch", nargs="+", default=NETS, help=f"networks ({' '.join(NETS)})")
+    parser.add_argument("--teacher", help="distil from this network, with random weights: only time is measured")
+    parser.add_argument("--loops", nargs="+", choices=list(LOOPS), default=["original", "this"], help="original this")
+    parser.add_argument("--images", type=count, default=1280, help="training images a round (1280)")
+    parser.add_argument("--batch_size", type=count, default=128, help="images a mini-batch (128)")
+    parser.add_argument("--workers", type=whole, default=usable_cores(), help="loader processes a loop (one a core)")
+    args = parse(parser, "training", argv)
+    for arch in [*args.arch, args.teacher] if args.teacher else args.arch:
+        models.check_arch(arch)
+    for arch in args.arch:
+        with ExitStack() as stack:
+            submits = []
+            for name in args.loops:
+                pool = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
+                submits.append(partial(pool.submit, train_round, name, arch, args, multiprocessing.get_start_method()))
+            # The first rounds, which are not counted, may run at the same time.
+            for first in [submit() for submit in submits]:
+                first.result()
+            calls = [lambda submit=submit: submit().result() for submit in submits]
+            seconds = take_turns(calls, torch.device("cpu"), args.repeats, warm_up=0)
+        speeds = [[args.images / second for second in own] for own in seconds]
+        base = statistics.median(speeds[0])
+        rows = []
+        for name, own in zip(args.loops, speeds, strict=True):
+            median = statistics.median(own)
+            row = {"network": arch, "teacher": args.teacher or "-", "loop": name, "images/s": median}
+            rows.append(row | {"slowest": min(own), "fastest": max(own), f"times {args.loops[0]}": median / base})
+        note = f"Medians of {args.repeats} rounds of {args.images} images in turn; mini-batches of {args.batch_size}."
+        stem = f"training_{args.device.type}_{arch}" + (f"_from_{args.teacher}" if args.teacher else "")
+        publish(args, stem, note, rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,49 @@
+"""What to measure where a GPU is, in one command: `python -m utils.bench.gpu [--quick] [--out results/gpu]`.
+
+The tests that take another path on a GPU (tests.txt), the training loops, the optimizer's step and synchronisations.
+--quick takes small numbers, which show that everything runs, on a CPU too; they are no measurements.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.base.errors import UserError, run_main
+from utils.bench import optimizer, training
+from utils.train.options import OneLineParser
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ["tests/test_bench_optimizer.py", "tests/test_optimizer_on_gpus.py", "tests/test_optimizer.py"]
+TRAINING = ["--dataset", "synthetic", "--images", "9984", "--loops", "original", "this", "amp", "compile", "both"]
+QUICK = ["--arch", "resnet20", "--repeats", "2"]
+QUICK_TRAINING = [*QUICK, "--dataset", "synthetic", "--images", "32", "--batch_size", "16", "--workers", "0"]
+
+
+def run_tests(files: list[str], path: Path) -> None:
+    """Runs test files and writes pytest's output to a path; UserError where one fails."""
+    command = [sys.executable, "-m", "pytest", "-rs", *files]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    path.write_text(done.stdout, encoding="utf-8")
+    print(done.stdout, flush=True)
+    if done.returncode:
+        raise UserError(f"tests failed, see {path}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = OneLineParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="small numbers, to see that everything runs")
+    parser.add_argument("--out", type=Path, default=Path("results/gpu"), help="folder for the results (results/gpu)")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    save = ["--save_path", str(args.out)]
+    run_tests(TESTS[:1] if args.quick else TESTS, args.out / "tests.txt")
+    training.main([*(QUICK_TRAINING if args.quick else TRAINING), *save])
+    for layout in ([], ["--channels_last"]):
+        optimizer.main([*(QUICK if args.quick else []), *layout, *save])
+
+
+if __name__ == "__main__":
+    run_main(main)
