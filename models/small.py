@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.resnet_cifar import BasicBlock
+from models.resnet_cifar import BasicBlock, OptionA
 from utils.base.errors import UserError
+
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
 
 
 def set_sizes(module: nn.Module) -> None:
@@ -14,13 +16,17 @@ def set_sizes(module: nn.Module) -> None:
     if hasattr(module, "out_features"):
         module.out_features, module.in_features = module.weight.shape
     elif hasattr(module, "num_features"):
-        sizes = [value for value in (module.weight, module.running_mean) if value is not None]
-        module.num_features = len(sizes[0]) if sizes else module.num_features
+        sizes = [len(value) for value in (module.weight, module.running_mean) if value is not None]
+        module.num_features = sizes[0] if sizes else module.num_features
     else:
-        depthwise = module.groups > 1 and module.weight.shape[1] == 1
         module.out_channels = len(module.weight)
-        module.groups = module.out_channels if depthwise else module.groups
+        if module.groups > 1:  # depthwise, the only grouped convolutions that are narrowed
+            module.groups = module.out_channels
         module.in_channels = module.weight.shape[1] * module.groups
+
+
+def _fits_in(small: torch.Size, full: torch.Size) -> bool:
+    return len(small) == len(full) and all(0 < a <= b for a, b in zip(small, full, strict=True))
 
 
 @torch.no_grad()
@@ -29,42 +35,30 @@ def narrow_like(net: nn.Module, state_dict: dict[str, Tensor], pads: dict[str, i
 
     Args:
         net: of the class that the small network was made from; layers that fit already are not touched.
-        state_dict: the small network's. Weights that are no narrowing of the network's are left for load_state_dict to complain of.
-        pads: {name of an OptionA shortcut: its new channels}, as make_small reports them; those of the project's own blocks are
-            found by themselves.
+        state_dict: the small network's. Weights that do not narrow the network's are left to load_state_dict's errors.
+        pads: {name of an OptionA shortcut: its new channels}, as make_small reports them; those of the project's own
+            blocks follow from their layers.
 
     Returns:
         `net`; its narrowed layers hold no meaningful weights yet.
     """
     for name, module in net.named_modules():
-        prefix = f"{name}." if name else ""
-        own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-        wanted = {key: state_dict[prefix + key] for key in own if prefix + key in state_dict}
-        changed = {key: value for key, value in wanted.items() if value.shape != own[key].shape}
-        narrower = all(
-            value.dim() == own[key].dim() and all(0 < a <= b for a, b in zip(value.shape, own[key].shape, strict=True))
-            for key, value in changed.items()
-        )
-        if (
-            not changed
-            or not narrower
-            or not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm))
-        ):
-            continue
-        for key, value in changed.items():
-            fresh = torch.zeros_like(value, dtype=own[key].dtype, device=own[key].device)
-            setattr(module, key, nn.Parameter(fresh) if isinstance(own[key], nn.Parameter) else fresh)
-        set_sizes(module)
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        pairs = [(key, value, state_dict.get(f"{name}.{key}".removeprefix("."), value)) for key, value in own]
+        narrower = all(_fits_in(wanted.shape, value.shape) for _, value, wanted in pairs)
+        if narrower and isinstance(module, LAYERS) and any(value.shape != wanted.shape for _, value, wanted in pairs):
+            for key, value, wanted in pairs:
+                fresh = value.new_zeros(wanted.shape)
+                setattr(module, key, nn.Parameter(fresh) if isinstance(value, nn.Parameter) else fresh)
+            set_sizes(module)
     for block in net.modules():
-        if isinstance(block, BasicBlock) and hasattr(block.shortcut, "new_channels"):
+        if isinstance(block, BasicBlock) and isinstance(block.shortcut, OptionA):
             block.shortcut.new_channels = block.conv_b.out_channels - block.conv_a.in_channels
+    modules = dict(net.named_modules())
     for name, new_channels in (pads or {}).items():
-        try:
-            net.get_submodule(name).new_channels = new_channels
-        except AttributeError:
-            raise UserError(
-                f"the file pads a shortcut '{name}' that this network has not; use an intact file"
-            ) from None
+        if name not in modules:
+            raise UserError(f"the file pads a shortcut '{name}' that this network does not have; use an intact file")
+        modules[name].new_channels = new_channels
     return net
 
 
@@ -81,33 +75,25 @@ def pack(
         kept: {layer's weight: original indices of its filters}, as make_small reports them.
         facts: further plain entries.
     """
-    # BatchNorm's counters are read only where momentum is None; without them, and with equal lists written once, even a narrow
-    # ResNet-110 of 1.7 MB stays within 5 % of its weights.
-    norms = [
-        (name, module) for name, module in net.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
-    ]
-    unused = {f"{name}.num_batches_tracked" for name, module in norms if module.momentum is not None}
-    state = {name: value for name, value in net.state_dict().items() if name not in unused}
+    # Even a narrow ResNet-110 of 1.7 MB stays within 5 % of its weights: BatchNorm's counters are left out, which are
+    # read only where momentum is None; all weights are views of one tensor; equal lists are written once.
+    state = net.state_dict()
+    for name, module in net.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
+            state.pop(f"{name}.num_batches_tracked", None)
+    floats = {name: value.detach().cpu() for name, value in state.items() if value.dtype == torch.float32}
+    flat = torch.cat([value.flatten() for value in floats.values()])
+    parts = flat.split([value.numel() for value in floats.values()])
+    views = {name: part.view_as(value) for (name, value), part in zip(floats.items(), parts, strict=True)}
     same: dict[tuple[int, ...], list[int]] = {}
-    flat = {dtype: [] for dtype in {value.dtype for value in state.values()}}
-    for value in state.values():
-        flat[value.dtype].append(value.detach().cpu().flatten())
-    # One storage per dtype: a hundred small ones would cost more than 5 % in a file of half a megabyte.
-    storages = {dtype: torch.cat(values) for dtype, values in flat.items()}
-    begins, weights = dict.fromkeys(flat, 0), {}
-    for name, value in state.items():
-        begin = begins[value.dtype]
-        begins[value.dtype] += value.numel()
-        weights[name] = storages[value.dtype][begin : begins[value.dtype]].view(value.shape)
     return {
         "small": True,
         "arch": arch,
         "num_classes": num_classes,
         "input_shape": list(input_shape),
-        "widths": {name: list(value.shape[:2]) for name, value in state.items() if value.dim() > 1},
         "kept": {name: same.setdefault(tuple(at), at) for name, at in kept.items()},
         **facts,
-        "state_dict": weights,
+        "state_dict": {**state, **views},
     }
 
 
@@ -116,10 +102,9 @@ def check_narrowed(net: nn.Module, input_shape: tuple[int, ...], path: object) -
     """Raises UserError when the widths of a file's layers do not fit each other."""
     was_training = net.training
     try:
-        net.eval()(torch.zeros(1, *input_shape, device=next(net.parameters()).device))
+        net.eval()(torch.zeros(1, *input_shape))
     except RuntimeError as error:
-        raise UserError(
-            f"the layers in '{path}' do not fit each other ({str(error).splitlines()[0]}); use an intact file"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the layers in '{path}' do not fit each other ({reason}); use an intact file") from None
     finally:
         net.train(was_training)

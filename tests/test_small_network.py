@@ -22,6 +22,7 @@ from utils.base.errors import UserError
 from utils.base.torchvision_import import import_torchvision
 from utils.small.counts import count
 from utils.small.cut import make_small
+from utils.small.output import export
 
 RELEASED = Path(__file__).parents[2] / "shared" / "released" / "best.cifar10_resnet20.pth.tar"
 
@@ -515,7 +516,7 @@ def test_small_network_is_distilled_further(train, teacher):
 
 def test_export_takes_any_batch_size(tmp_path):
     small, _ = make_small(pruned(CifarResNet(8)), images(1))
-    path = get_small_model.export(small, images(2), tmp_path / "small.resnet8.pth.tar", "torch")
+    path = export(small, images(2), tmp_path / "small.resnet8.pth.tar", "torch")
     program = torch.export.load(path).module()
     for n in (1, 3):
         assert torch.allclose(program(images(n)), small(images(n)), atol=1e-5)

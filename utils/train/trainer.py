@@ -19,10 +19,10 @@ from AHSG_HT import AHSG_HT
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 from utils.base.signals import Stopped, stop
-from utils.get_small_model import table, write_small
 from utils.small.counts import multiply_adds
 from utils.small.cut import make_small
 from utils.small.filters import Layer, count_zero_filters, kept_filters
+from utils.small.output import small_table, write_small
 from utils.train.curves import draw_curves
 from utils.train.device import describe_machine, describe_versions
 from utils.train.diagnosis import Watch, explain_test_loss
@@ -361,7 +361,7 @@ class Training:
             # The trained network is safe in its checkpoint; a run that is done does not fail here.
             self.run.log(f"no small network was written: {error}")
             return {"error": str(error)}
-        self.run.log(f"\nsmall network {path}\n{table(self.arch, facts, report)}")
+        self.run.log(f"\nsmall network {path}\n{small_table(self.arch, facts, report)}")
         return facts
 
     def results(self, kept: dict[str, list[int]]) -> dict:
