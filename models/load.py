@@ -98,14 +98,18 @@ def build_with_widths(path: str | os.PathLike, arch: str, num_classes: int) -> n
 
 def _build_full(checkpoint: dict, arch: str, path: str | os.PathLike) -> nn.Module:
     """The unpruned network of a checkpoint; the number of classes is the file's own, or the rows of its last layer."""
-    make, weights = build_torchvision if is_torchvisions(checkpoint, arch) else build, checkpoint["state_dict"]
-    # On the meta device layers have shapes only.
-    with torch.device("meta"):
-        options = getattr(make(arch), "options_of", lambda state_dict: {})(weights)
-        head = last_layer(make(arch, **options)) + ".weight"
-    if head not in weights or weights[head].dim() < 2:
-        raise UserError(f"'{path}' has no weights of {arch}: no '{head}' among {', '.join(list(weights)[:3])}, ...")
-    return make(arch, num_classes=checkpoint.get("num_classes") or len(weights[head]), **options)
+    weights, classes = checkpoint["state_dict"], checkpoint.get("num_classes")
+    make = build_torchvision if is_torchvisions(checkpoint, arch) else build
+    # On the meta device layers have shapes only; torchvision's RegNets cannot be built there.
+    with torch.device("cpu" if make is build_torchvision else "meta"):
+        net = make(arch)
+        options = net.options_of(weights) if hasattr(net, "options_of") else {}
+        head = last_layer(make(arch, **options) if options else net) + ".weight"
+    if classes is None:
+        if head not in weights or weights[head].dim() < 2:
+            raise UserError(f"'{path}' has no weights of {arch}: no '{head}' among {', '.join(list(weights)[:3])}, ...")
+        classes = len(weights[head])
+    return make(arch, num_classes=classes, **options)
 
 
 def last_layer(net: nn.Module) -> str:

@@ -11,7 +11,7 @@ import re
 
 from torch import Tensor
 
-from models.registry import check_arch
+from models.registry import REGISTRY
 from models.resnet_cifar import STAGE_WIDTHS
 from utils.base.errors import UserError
 
@@ -36,8 +36,7 @@ def convert_public(checkpoint: dict, arch: str | None, path: object) -> dict:
         return checkpoint
     blocks = sum(re.fullmatch(r"layer1\.\d+\.conv1\.weight", name) is not None for name in weights)
     arch = f"resnet{6 * blocks + 2}"
-    check_arch(arch)
-    if reason := _difference(weights):
+    if reason := _difference(weights) or (None if arch in REGISTRY else f"this project has no {arch}"):
         raise UserError(f"'{path}' is not a CIFAR ResNet of the kind that is read here: {reason}; use another file")
     return {"arch": arch, "state_dict": convert_weights(weights), "normalisation": NORMALISATION}
 

@@ -63,8 +63,8 @@ def read(path: str | os.PathLike) -> dict:
             warnings.simplefilter("ignore")  # torch warns of pickle protocols that it then refuses or reads
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the reader raise whatever its bytes lead to
-        if "Unsupported" in str(error):
-            raise UserError(f"'{path}' holds more than tensors and plain values; it could run code") from None
+        if "unsupported global" in str(error).lower():
+            raise UserError(f"'{path}' holds what could run code, not only tensors and plain values") from None
         reason = error if isinstance(error, zipfile.BadZipFile) else type(error).__name__
         raise UserError(f"'{path}' is damaged or is no PyTorch checkpoint ({reason}); use an intact copy") from None
     content = content if isinstance(content, dict) else {}
@@ -73,10 +73,11 @@ def read(path: str | os.PathLike) -> dict:
     weights = content.get("state_dict")
     if not weights or not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise UserError(f"'{path}' is no checkpoint: it has no state_dict of tensors")
+    size = path.stat().st_size
     for name, value in weights.items():
         # A view may claim any size: stride 0 repeats one number, and dimensions without entries take no memory.
         dense = isinstance(value, Tensor) and value.device.type == "cpu" and value.layout == torch.strided
-        if not dense or not 0 < value.nbytes <= value.untyped_storage().nbytes() <= path.stat().st_size:
+        if not dense or not 0 < value.nbytes <= value.untyped_storage().nbytes() <= size:
             raise UserError(f"'{path}' is damaged or is no checkpoint: '{name}' in its state_dict is no intact tensor")
     if all(name.startswith("module.") for name in weights):
         content["state_dict"] = {name.removeprefix("module."): value for name, value in weights.items()}
@@ -113,11 +114,11 @@ def _fits(name: str, content: dict) -> bool:
     if name == "input_shape":
         return len(value) == 3 and all(type(n) is int and 0 < n <= 4096 for n in value)
     if name == "normalisation":
-        lists = [value.get("mean"), value.get("std")]
-        return all(isinstance(numbers, list) and all(isinstance(n, float) for n in numbers) for numbers in lists)
+        lists = (value.get("mean"), value.get("std"))
+        return all(isinstance(numbers, list) and all(type(n) is float for n in numbers) for numbers in lists)
     if name == "optimizer":
         return isinstance(value.get("state"), dict) and isinstance(value.get("param_groups"), list)
-    return not isinstance(value, NUMBER) or 0 <= value < math.inf
+    return not isinstance(value, NUMBER) or -1 <= value < math.inf
 
 
 def progress(checkpoint: dict) -> tuple[int, int]:
