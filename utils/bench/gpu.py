@@ -18,6 +18,7 @@ from utils.train.options import OneLineParser
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ["tests/test_bench_optimizer.py", "tests/test_optimizer_on_gpus.py", "tests/test_optimizer.py"]
 TRAINING = ["--dataset", "synthetic", "--images", "9984", "--loops", "original", "this", "amp", "compile", "both"]
+QUICK_TESTS = ["--noconftest", "-k", "waits", TESTS[0]]
 QUICK = ["--arch", "resnet20", "--repeats", "2"]
 QUICK_TRAINING = [*QUICK, "--dataset", "synthetic", "--images", "32", "--batch_size", "16", "--workers", "0"]
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     save = ["--save_path", str(args.out)]
-    run_tests(TESTS[:1] if args.quick else TESTS, args.out / "tests.txt")
+    run_tests(QUICK_TESTS if args.quick else TESTS, args.out / "tests.txt")
     training.main([*(QUICK_TRAINING if args.quick else TRAINING), *save])
     for layout in ([], ["--channels_last"]):
         optimizer.main([*(QUICK if args.quick else []), *layout, *save])

@@ -31,6 +31,7 @@ from utils.train.acceleration import Acceleration, accelerate
 from utils.train.device import flush_denormals, reuse_freed_memory, seed_everything, usable_cores
 from utils.train.distillation import Distillation
 from utils.train.engine import RunningMeans, to_device, train_step
+from utils.train.losses import parse_term
 from utils.train.objective import cross_entropy
 from utils.train.options import count, whole
 
@@ -47,7 +48,7 @@ def make_loop(name: str, arch: str, args: argparse.Namespace) -> Callable[[], tu
 
     Args:
         name: of LOOPS.
-        arch: the network that is trained; a teacher (args.teacher) has random weights, only time is measured.
+        arch: the network that is trained; a teacher (args.teacher) is used by every loop in the same way.
         args: of the command line.
     """
     original, on_gpu = name == "original", args.device.type == "cuda"
@@ -62,7 +63,8 @@ def make_loop(name: str, arch: str, args: argparse.Namespace) -> Callable[[], tu
     objective = cross_entropy
     if args.teacher:
         teacher = models.build(args.teacher, num_classes=classes).to(args.device, memory_format=layout)
-        objective = Distillation(teacher, net, torch.stack([images[i][0] for i in range(2)]).to(args.device))
+        sample = images.__getitems__([0, 1])[0].to(args.device)
+        objective = Distillation(teacher, net, sample, [parse_term("feature:MSE")])
     # On a GPU this loop keeps the images there and needs no workers.
     workers = 0 if on_gpu and not original else args.workers
     options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=original and on_gpu)
