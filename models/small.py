@@ -12,7 +12,7 @@ LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
 
 
 def set_sizes(module: nn.Module) -> None:
-    """Makes the numbers of channels that a layer states those of its weights: what it checks inputs against, and prints."""
+    """Sets the numbers of channels that a layer states, and checks inputs against, to those of its weights."""
     if hasattr(module, "out_features"):
         module.out_features, module.in_features = module.weight.shape
     elif hasattr(module, "num_features"):
@@ -31,7 +31,8 @@ def _fits_in(small: torch.Size, full: torch.Size) -> bool:
 
 @torch.no_grad()
 def narrow_like(net: nn.Module, state_dict: dict[str, Tensor], pads: dict[str, int] | None = None) -> nn.Module:
-    """Gives the layers of a network the shapes of a small network's weights, so that load_state_dict takes them. In place.
+    """Gives the layers of a network the shapes of a small network's weights, so that load_state_dict takes them. In
+    place.
 
     Args:
         net: of the class that the small network was made from; layers that fit already are not touched.
@@ -65,7 +66,8 @@ def narrow_like(net: nn.Module, state_dict: dict[str, Tensor], pads: dict[str, i
 def pack(
     net: nn.Module, arch: str, num_classes: int, input_shape: tuple[int, ...], kept: dict[str, list[int]], **facts
 ) -> dict:
-    """The content of a small network's file, for utils.base.checkpoint.write; models.load makes the network of it again.
+    """The content of a small network's file, for utils.base.checkpoint.write; models.load makes the network of it
+    again.
 
     Args:
         net: the small network.

@@ -1,14 +1,15 @@
-"""The channels of a network: which belong together, which are constant, which are needed; operation by operation.
+"""The channels of a network, operation by operation: which belong together, which are constant, which are needed.
 
     channels = analyse(trace(net, example))
     channels.select(channels.close())     # or channels.close(keep, by_weights=False) for a set of one's own
     channels.order(layer.made)            # for a layer of channels.layers: its kept filters
 
-Every channel of every value in the graph belongs to a class, named by its root. Operations that treat channels one by one (BatchNorm, ReLU, pooling,
-addition) put the channels of their operands and of their result into one class; a class stays or goes as one. A class is needed when a convolution or
-linear layer that is itself needed reads a channel of it that is not zero for every input, through a weight that is not zero; or when an operation without a
-rule touches it. Needs spread from the outputs back until nothing changes; all other classes can be cut out exactly.
-The rules of the single operations are in utils.small.rules.
+Every channel of every value in the graph belongs to a class, named by its root. Operations that treat channels one by
+one (BatchNorm, ReLU, pooling, addition) put the channels of their operands and of their result into one class; a class
+stays or goes as one. A class is needed when a convolution or linear layer that is itself needed reads a channel of it
+that is not zero for every input, through a weight that is not zero; or when an operation without a rule touches it.
+Needs spread from the outputs back until nothing changes; all other classes can be cut out exactly. The rules of the
+single operations are in utils.small.rules.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class OrderError(Exception):
 
 
 class LayerCall(NamedTuple):
-    """A call of a convolution, linear layer or BatchNorm whose weights are narrowed with its channels: ids that it reads and makes."""
+    """A call of a layer whose weights are narrowed with its channels, and the ids that it reads and makes."""
 
     node: fx.Node
     module: nn.Module
@@ -54,13 +55,13 @@ class Channels:
     """The channels of a traced network in eval mode; made by `analyse`.
 
     Attributes:
-        tie_pads: an option-A shortcut couples its channels to those it is added to, so that all stages keep their original order.
+        tie_pads: an option-A shortcut couples its channels to those it is added to: stages keep their original order.
         values: by node.
         readers: convolutions (groups 1) and linear layers.
         pads: option-A shortcuts.
-        layers: every call of a layer that is narrowed.
+        layers: every call of a convolution, linear layer or BatchNorm that is narrowed.
         joins: (ids of a concatenation, ids of its parts).
-        keep, rank: set by `select`: bool per id, whether its class (looked up at its root) is kept; {root: place} where the order changes.
+        keep, rank: set by `select`: bool per id, read at the roots, what is kept; {root: place} of ordered classes.
     """
 
     graph: fx.GraphModule
@@ -104,12 +105,12 @@ class Channels:
         return torch.tensor([self.root(i) for i in range(len(self.parents))])
 
     def close(self, keep: Tensor | None = None, *, by_weights: bool = True) -> Tensor:
-        """The classes to keep, bool per id: these, those that must stay, and all that they need. Every layer keeps at least one channel.
+        """These classes, those that must stay, and all that they need; every layer keeps at least one channel.
 
         Args:
-            keep: bool per id, read at the roots (None: no class). It is changed.
-            by_weights: a kept filter needs what it reads. False: channels that are read may be missing, as where a pruning method removes
-                channels that still have an effect; only what the graph's structure asks for is added.
+            keep: bool per id, read at the roots (None: no class). It is changed and returned.
+            by_weights: a kept filter needs what it reads. False: only what the graph's structure asks for is added, as
+                where a pruning method removes channels that still have an effect.
         """
         keep = torch.zeros(len(self.parents), dtype=torch.bool) if keep is None else keep
         roots = self.roots()
@@ -133,8 +134,8 @@ class Channels:
                 keep[self.root(empty.ids[strongest_filter(empty.module)])] = True
 
     def select(self, keep: Tensor) -> None:
-        """Decides what is kept, a result of `close`, and in which order: in every option-A shortcut the kept channels of its input are the
-        first of its result.
+        """Takes a result of `close` as what is kept, and finds its order: the kept channels of an option-A shortcut's
+        input become the first of its result.
 
         Raises:
             OrderError: no such order, or one that an operation does not keep to.
@@ -175,7 +176,7 @@ def strongest_filter(module: nn.Module) -> int:
 
 @torch.no_grad()
 def analyse(graph: fx.GraphModule, tie_pads: bool = False) -> Channels:
-    """Follows every channel through a graph of utils.small.trace. Operations without a rule keep their channels, with a reason."""
+    """Follows every channel through a graph of utils.small.trace. Operations without a rule keep theirs."""
     fixed = _fixed_modules(graph)
     while True:
         channels = Channels(graph, tie_pads)
@@ -205,7 +206,7 @@ def _follow(channels: Channels, fixed: dict[nn.Module, str]) -> dict[nn.Module, 
             value = _keep_all(channels, node, str(error))
         if value is None:
             continue
-        # A running mean that decays once its filter is gone ends among float32's subnormal numbers, which have no effect.
+        # The running mean of a removed filter decays to float32's subnormal numbers, which have no effect.
         value.constant = value.constant.where(value.constant.abs() >= SMALLEST_NORMAL, value.constant * 0)
         channels.values[node] = value
         for changed in channels.values.keys() & node.meta["changed"]:

@@ -1,12 +1,12 @@
 """What a network costs: parameters, multiply-adds, memory of activations; and what the papers' formula says.
 
-Multiply-adds are those of convolutions and linear layers, integers of the real network, for one image. BatchNorm, activations, pooling and additions are not
-counted, as in the papers.
+Multiply-adds are those of convolutions and linear layers, integers of the real network, for one image. BatchNorm,
+activations, pooling and additions are not counted, as in the papers.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,33 +14,26 @@ from torch import Tensor, nn
 from utils.small.trace import run, tensors, trace
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """Of one network and one image.
 
     Attributes:
         parameters: all of them.
         multiply_adds: of convolutions and linear layers.
-        layers: {name of such a layer: its multiply-adds}.
-        peak_activation_bytes: the most that values of the graph take at any moment while it runs in eval mode, input included,
+        peak_activation_bytes: the most that values of the graph take at any moment in eval mode, input included,
             weights not; each value is dropped after its last use, what works in place takes nothing.
     """
 
     parameters: int
     multiply_adds: int
-    layers: dict[str, int]
     peak_activation_bytes: int
-
-    def as_dict(self) -> dict:
-        """Without the layers, for results.json."""
-        return {name: value for name, value in asdict(self).items() if name != "layers"}
 
 
 def count(net: nn.Module, example: Tensor) -> Counts:
     """Counts a network on the first image of `example` (B, ...). The network is not changed; it runs in eval mode."""
-    layers = multiply_adds(net, example[:1])
     parameters = sum(p.numel() for p in net.parameters())
-    return Counts(parameters, sum(layers.values()), layers, peak_activation_bytes(net, example[:1]))
+    image = example[:1]
+    return Counts(parameters, sum(multiply_adds(net, image).values()), peak_activation_bytes(net, image))
 
 
 @torch.no_grad()
@@ -89,9 +82,10 @@ def peak_activation_bytes(net: nn.Module, example: Tensor) -> int:
 def papers_cut(depth: int, HTrate: float) -> float:
     """Share of multiply-adds that Soft Filter Pruning's formula says is saved in a CIFAR ResNet.
 
-    He et al., IJCAI 2018: the rate is taken as a real number, every layer keeps `HTrate` of its filters, and the residual stream keeps its full width: a block's
-    first convolution reads all channels, its second the kept ones. The very first block reads the stem's kept filters. 42.2, 41.5, 41.1 and
-    40.8 % for ResNet-20, 32, 56 and 110 at 0.7.
+    He et al., IJCAI 2018: the rate is taken as a real number, every layer keeps `HTrate` of its filters, and the
+    residual
+    stream keeps its full width: a block's first convolution reads all channels, its second the kept ones. The very
+    first block reads the stem's kept filters. 42.2, 41.5, 41.1 and 40.8 % for ResNet-20, 32, 56 and 110 at 0.7.
 
     Args:
         depth: 6n + 2.

@@ -2,9 +2,10 @@
 
     small, report = make_small(net, example_input)
 
-An exact rewrite: same Python, same state-dict names, narrower layers; dense, nothing is gathered or scattered at run time. Channels go wherever
-utils.small.channels proves that they are not needed, in the residual stream too. With option-A shortcuts the kept channels of a stage are ordered so that
-those that arrive from the stage before come first, and the shortcut stays a plain zero-pad.
+An exact rewrite: same Python, same state-dict names, narrower layers; dense, nothing is gathered or scattered at run
+time. Channels go wherever utils.small.channels proves that they are not needed, in the residual stream too. With
+option-A shortcuts the kept channels of a stage are ordered so that those that arrive from the stage before come first,
+and the shortcut stays a plain zero-pad.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Report:
     """What make_small did.
 
     Attributes:
-        kept: {name of a convolution's or linear layer's weight: original indices of its filters, in the small network's order}.
+        kept: {name of a convolution's or linear layer's weight: original indices of its kept filters, in their order}.
         filters: {the same names: filters before}.
         slices: {name of a narrowed parameter or buffer: what was kept of it}, see `narrow`.
         pads: {name of an option-A shortcut: channels of zeros that it appends}.
@@ -68,11 +69,11 @@ def make_small(
     """Cuts out of a network every channel that can be proved not to be needed.
 
     Args:
-        net: any network that takes one tensor; it is not changed. What torch.fx cannot trace, or has no rule, keeps its channels, and the
-            report says so.
+        net: any network that takes one tensor; it is not changed. What torch.fx cannot trace, or has no rule, keeps its
+            channels, and the report says so.
         example_input: images (B, ...) of the size that the network is for; their values do not matter.
         images: real images (N, ...), normalised, on which the two networks are compared besides random ones.
-        round_to: channels of a layer are filled up to a multiple of this with the strongest of the removed ones, where there are any left.
+        round_to: channels of a layer are filled up to a multiple of this with the strongest of the removed ones.
 
     Returns:
         (the small network in float32, on the CPU, in eval mode; the report).
@@ -123,9 +124,9 @@ def _select_needed(graph: fx.GraphModule, round_to: int) -> Channels:
 def merge_constants(channels: Channels) -> int:
     """Frees channels that are constant but not zero: BatchNorm's running mean or bias of a removed filter is.
 
-    In a layer without zero padding, and with a bias, W_j * c_j moves into the bias. Elsewhere all constant channels that a layer reads
-    become one, r: W_r += W_j * c_j / c_r, W_j = 0; this is exact at borders too, as zero padding meets all of them alike.
-    Changes the network's weights, not its function. Returns the number of constants that moved.
+    In a layer without zero padding, and with a bias, W_j * c_j moves into the bias. Elsewhere all constant channels
+    that a layer reads become one, r: W_r += W_j * c_j / c_r, W_j = 0; this is exact at borders too, as zero padding
+    meets all of them alike. Changes the network's weights, not its function. Returns how many constants moved.
     """
     moved = 0
     by_module: dict[nn.Module, list[Reader]] = {}
@@ -158,8 +159,8 @@ def merge_constants(channels: Channels) -> int:
 def round_up(channels: Channels, keep: Tensor, multiple: int) -> Tensor:
     """Keeps more classes, so that the width of every layer is a multiple of `multiple` or what it was.
 
-    The strongest of the removed come back: by the norm of their filters, and of the next layers' weights for them, as removed filters are often
-    all zero; ties keep the lower index.
+    The strongest of the removed come back: by the norm of their filters, and of the next layers' weights for them, as
+    removed filters are often all zero; ties keep the lower index.
     """
     if multiple <= 1:
         return keep
@@ -211,11 +212,11 @@ def describe(channels: Channels, report: Report) -> None:
 
 @torch.no_grad()
 def narrow(channels: Channels) -> dict[str, Slices]:
-    """Cuts every layer of the graph's network down to the channels that were selected, in place: new, smaller parameters and buffers.
+    """Cuts every layer down to the selected channels, in place: new, smaller parameters and buffers.
 
     Returns:
-        {name of a parameter or buffer in the network: kept indices along its first and its second dimension}, for `sliced`: what belongs to a
-        parameter, as an optimizer's state, is cut alike.
+        {name of a parameter or buffer in the network: kept indices along its first and its second dimension}, for
+        `sliced`: what belongs to a parameter, as an optimizer's state, is cut alike.
     """
     slices: dict[str, Slices] = {}
     narrowed = set()
@@ -247,7 +248,7 @@ def sliced(value: Tensor, at: Slices) -> Tensor:
 
 @torch.no_grad()
 def check_equal(masked: nn.Module, small: nn.Module, batches: list[Tensor], channels: Channels, report: Report) -> None:
-    """Raises UserError when the two differ by more than is allowed in any output, and names the layer where they part."""
+    """Raises UserError when the two differ by more than is allowed in any output; names the layer where they part."""
     for batch in batches:
         expected, found = (torch.cat([t.double().flatten() for t in tensors(net(batch))]) for net in (masked, small))
         difference = float((expected - found).abs().max())

@@ -1,4 +1,4 @@
-"""What a small network leaves: its file, a table of what was kept and saved, and a program without this project's code."""
+"""A small network's file, the table of what was kept and saved, and its export without this project's code."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def write_small(
     Args:
         net, small, report: given to and by make_small; `net` is one of models.build or models.load.
         shape: (C, H, W) of an image.
-        checkpoint: of `net`; where it is a small network itself, the kept filters are numbered as in the first, unpruned
-            network.
+        checkpoint: of `net`; where it is a small network itself, the kept filters are numbered as in the first,
+            unpruned network.
         name: of the file (small.<arch>.pth.tar).
 
     Returns:
@@ -55,8 +55,8 @@ def write_small(
     return path, {
         "file": path.name,
         "file_bytes": path.stat().st_size,
-        "before": count(net, example).as_dict(),
-        "after": count(small, example).as_dict(),
+        "before": count(net, example)._asdict(),
+        "after": count(small, example)._asdict(),
         "widths": {name: len(at) for name, at in kept.items()},
         "largest_logit_difference": report.difference,
         "images_compared": report.images,

@@ -1,11 +1,12 @@
-"""The rules of utils.small.channels, one per operation: which channels of the result are constants, and which belong together.
+"""The rules of utils.small.channels, one per operation: which of its channels are constants, and which belong together.
 
-A rule takes (channels, node, module or None) and returns the result's Value, None for what is no tensor of channels; it raises Unknown, with the
-reason, where it cannot be sure. Values are in eval mode and inputs are finite, so that 0 * x = 0.
+A rule takes (channels, node, module or None) and returns the result's Value, None for what is no tensor of channels; it
+raises Unknown, with the reason, where it cannot be sure. Values are in eval mode and finite, so that 0 * x = 0.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections.abc import Callable
@@ -35,7 +36,7 @@ class Value:
 
     Attributes:
         ids: of its C channels, for Channels.root.
-        constant: float64 (C,): the channel's value for every input and at every position, NaN where there is no such value.
+        constant: float64 (C,): the channel's one value for every input and at every position; NaN where it varies.
     """
 
     ids: list[int]
@@ -46,7 +47,6 @@ class Value:
 class Reader:
     """A convolution (groups 1) or linear layer: what it reads, what it makes."""
 
-    node: fx.Node
     module: nn.Module
     source: Value
     ids: list[int]
@@ -111,7 +111,7 @@ def _reader(channels: Channels, node: fx.Node, module: nn.Module) -> Value:
     steady = ~unknown & (c != 0)
     constant = bias + weight[:, steady].double().sum(dim=2) @ c[steady]
     ids = channels.new(len(weight))
-    channels.readers.append(Reader(node, module, source, ids, nonzero))
+    channels.readers.append(Reader(module, source, ids, nonzero))
     return Value(ids, constant.where(~(nonzero & unknown).any(dim=1), math.nan))
 
 
@@ -151,8 +151,7 @@ def _option_a(channels: Channels, node: fx.Node, module: OptionA) -> Value:
 
 def _same(channels: Channels, node: fx.Node, module: nn.Module | None) -> Value:
     """Constants stay as they are: dropout in eval mode, clone, pooling without zero padding."""
-    source = _source(channels, node)
-    return Value(source.ids, source.constant)
+    return Value(_source(channels, node).ids, _source(channels, node).constant)
 
 
 def _keeps_zero(channels: Channels, node: fx.Node, module: nn.Module | None) -> Value:
@@ -167,6 +166,15 @@ def _average_pool(channels: Channels, node: fx.Node, module: nn.Module) -> Value
     return (_same if plain and not any(padding) else _keeps_zero)(channels, node, module)
 
 
+def _positions_only(channels: Channels, node: fx.Node, module: None) -> Value:
+    """x.mean((2, 3)), x.squeeze(3): constants stay as they are."""
+    value, dims = _same(channels, node, module), _argument(node, 1, "dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    if not dims or not all(isinstance(d, int) and d % len(_shape(node)) >= 2 for d in dims):
+        raise Unknown(f"{layer_name(node)} is not over positions alone")
+    return value
+
+
 def _pointwise(channels: Channels, node: fx.Node, module: nn.Module | None) -> Value:
     """ReLU and its relatives: the constant of the result is the operation on the constant."""
     source = _source(channels, node)
@@ -174,12 +182,8 @@ def _pointwise(channels: Channels, node: fx.Node, module: nn.Module | None) -> V
         raise Unknown(f"{layer_name(node)} has weights per channel")
     if any(isinstance(a, fx.Node) for a in [*node.args[1:], *node.kwargs.values()]):
         raise Unknown(f"{layer_name(node)} takes more than one tensor")
-    argument = source.constant.clone()
-    if module is not None:
-        dtype = next((p.dtype for p in module.parameters()), argument.dtype)
-        constant = module(argument.to(dtype)).double()
-    else:
-        constant = _function(node)(argument, *node.args[1:], **node.kwargs)
+    function = _function(node) if module is None else copy.deepcopy(module).double()
+    constant = function(source.constant.clone(), *node.args[1:], **node.kwargs)
     return Value(source.ids, constant.where(~torch.isnan(source.constant), math.nan))
 
 
@@ -194,27 +198,16 @@ def _dropout(channels: Channels, node: fx.Node, module: None, position: int = 2)
     return _same(channels, node, module)
 
 
-def _spatial_mean(channels: Channels, node: fx.Node, module: None) -> Value:
-    dims = _argument(node, 1, "dim")
-    dims = [dims] if isinstance(dims, int) else dims
-    source = _source(channels, node)
-    if not isinstance(dims, (list, tuple)) or any(d % len(_shape(node)) < 2 for d in dims):
-        raise Unknown(f"{layer_name(node)} is not over positions alone")
-    return Value(source.ids, source.constant)
-
-
 def _zero_pad(channels: Channels, node: fx.Node, module: None) -> Value:
     """F.pad with literal numbers. New channels stay, all of them, as their number is written in the user's code."""
     source, positions = _source(channels, node), 2 * (len(_shape(node)) - 2)
     pad, mode, fill = _argument(node, 1, "pad"), _argument(node, 2, "mode", "constant"), _argument(node, 3, "value")
     if not all(isinstance(n, int) for n in pad) or mode != "constant" or fill not in (None, 0):
         raise Unknown(f"{layer_name(node)} pads with something else than zeros")
-    front, back = [*pad, 0, 0, 0, 0][positions : positions + 2] if len(pad) > positions else (0, 0)
-    if front < 0 or back < 0 or len(pad) > positions + 2:
+    front, back, *images = [*pad, 0, 0, 0, 0][positions:]
+    if front < 0 or back < 0 or any(images):
         raise Unknown(f"{layer_name(node)} cuts channels off")
-    constant = source.constant
-    if any(pad[:positions]):
-        constant = constant.where(constant == 0, math.nan)
+    constant = source.constant.where((source.constant == 0) | (not any(pad[:positions])), math.nan)
     if not front and not back:
         return Value(source.ids, constant)
     before, after = channels.new(front), channels.new(back)
@@ -230,15 +223,15 @@ def _zero_pad(channels: Channels, node: fx.Node, module: None) -> Value:
 def _binary(channels: Channels, node: fx.Node, module: None) -> Value:
     """x + y, x - y, x * y, x / y of two tensors with the same channels, or of a tensor and a number."""
     tensors = [a for a in node.args if isinstance(a, fx.Node)]
-    if len(node.args) != 2 or any(isinstance(a, fx.Node) for a in node.kwargs.values()):
+    values = [channels.values.get(a) for a in tensors]
+    numbers = [a for a in node.args if isinstance(a, (int, float))]
+    of_two = len(tensors + numbers) == len(node.args) == 2 and set(node.all_input_nodes) == set(tensors)
+    if not tensors or None in values or not of_two:
         raise Unknown(f"{layer_name(node)} has operands that are not known")
-    known = tensors and all(a in channels.values for a in tensors)
-    numbers = all(isinstance(a, (fx.Node, int, float)) for a in node.args)
-    if not known or not numbers or len({(len(a.meta["shape"]), a.meta["shape"][1]) for a in tensors}) != 1:
+    if len({(len(a.meta["shape"]), a.meta["shape"][1]) for a in tensors}) != 1:
         raise Unknown(f"{layer_name(node)} has operands of different channels")
-    values = [channels.values[a] for a in tensors]
     a, b = (
-        channels.values[a].constant.clone() if isinstance(a, fx.Node) else torch.tensor(float(a), dtype=torch.float64)
+        torch.tensor(float(a), dtype=torch.float64) if a in numbers else channels.values[a].constant.clone()
         for a in node.args
     )
     zero = (a == 0) | (b == 0)
@@ -277,13 +270,6 @@ def _flatten(channels: Channels, node: fx.Node, module: nn.Module | None) -> Val
             raise Unknown(f"{layer_name(node)} has a fixed width")
     positions = made[1] // shape[1]
     return Value([i for i in source.ids for _ in range(positions)], source.constant.repeat_interleave(positions))
-
-
-def _squeeze(channels: Channels, node: fx.Node, module: None) -> Value:
-    dims = node.args[1:] or tuple(node.kwargs.values())
-    if len(dims) != 1 or not isinstance(dims[0], int) or dims[0] % len(_shape(node)) < 2:
-        raise Unknown(f"{layer_name(node)} is not of a position alone")
-    return _same(channels, node, module)
 
 
 def _getitem(channels: Channels, node: fx.Node, module: None) -> Value | None:
@@ -326,8 +312,8 @@ ACTIVATIONS = (
     "abs neg square clamp"
 )
 ACTIVATION_MODULES = (
-    "ReLU ReLU6 LeakyReLU PReLU ELU SELU CELU GELU SiLU Mish Hardswish Hardsigmoid Hardtanh Sigmoid Tanh Softplus Softsign "
-    "LogSigmoid Tanhshrink Hardshrink Softshrink Threshold"
+    "ReLU ReLU6 LeakyReLU PReLU ELU SELU CELU GELU SiLU Mish Hardswish Hardsigmoid Hardtanh Sigmoid Tanh Softplus "
+    "Softsign LogSigmoid Tanhshrink Hardshrink Softshrink Threshold"
 )
 SAME_MODULES = (
     "Identity Dropout Dropout1d Dropout2d Dropout3d AlphaDropout MaxPool1d MaxPool2d MaxPool3d "
@@ -356,19 +342,16 @@ RULES: dict[object, Callable] = {
     **dict.fromkeys(_named(F, SAME_FUNCTIONS), _same),
     **dict.fromkeys(_named(F, "avg_pool1d avg_pool2d avg_pool3d interpolate"), _keeps_zero),
     **dict.fromkeys((*OPERATORS, *IN_PLACE_OPERATORS, torch.add, torch.sub, torch.mul, torch.div), _binary),
-    torch.mean: _spatial_mean,
+    **dict.fromkeys((torch.mean, torch.squeeze, "mean", "squeeze"), _positions_only),
     F.pad: _zero_pad,
     **dict.fromkeys((torch.cat, torch.concat), _concatenation),
     **dict.fromkeys((torch.flatten, torch.reshape), _flatten),
-    torch.squeeze: _squeeze,
     operator.getitem: _getitem,
     getattr: _size,
     # methods
     **dict.fromkeys([f.__name__ for f in _named(Tensor, ACTIVATIONS)], _pointwise),
     **dict.fromkeys(["contiguous", "clone", "detach"], _same),
     **dict.fromkeys([f.__name__ for f in _named(Tensor, "add sub mul div")], _binary),
-    "mean": _spatial_mean,
     **dict.fromkeys(["flatten", "view", "reshape"], _flatten),
-    "squeeze": _squeeze,
     "size": _size,
 }

@@ -1,4 +1,4 @@
-"""The graph of operations of a network, by torch.fx, with the shape of every value and what each operation changes in place."""
+"""The graph of a network's operations, by torch.fx: shapes of values, and what each operation changes in place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = "net"
 
 
 class _Called(nn.Module):
-    """Calls a network on one tensor, so that its other arguments (return_features) keep their defaults while it is traced."""
+    """Calls a network on one tensor, so that its other arguments (return_features) keep their defaults in the trace."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -44,24 +44,20 @@ class _Tracer(fx.Tracer):
         except Exception:  # whatever a module's Python does with a value that does not exist yet
             self.module_stack.clear()
             self.module_stack.update(stack)
-            # It becomes one opaque operation; what was traced of it stays in the graph and only makes the analysis more careful.
+            # It becomes one opaque operation; what was traced of it stays in the graph, which is harmless.
             return self.create_proxy("call_module", self.path_of_module(module), args, kwargs)
-
-
-class _Interpreter(fx.Interpreter):
-    def steps(self, x: Tensor) -> Iterator[tuple[fx.Node, dict[fx.Node, Any]]]:
-        self.env, self.args_iter = {}, iter([x])
-        for node in self.module.graph.nodes:
-            self.env[node] = self.run_node(node)
-            yield node, self.env
-            for used in [*self.user_to_last_uses.get(node, []), *([] if node.users else [node])]:
-                del self.env[used]
 
 
 @torch.no_grad()
 def run(graph: fx.GraphModule, x: Tensor) -> Iterator[tuple[fx.Node, dict[fx.Node, Any]]]:
-    """Yields (node, values by node) after every operation for the input x: its own value and all that it or a later one reads."""
-    yield from _Interpreter(graph).steps(x)
+    """Yields (node, values by node) after every operation for the input x: its own and all that may still be read."""
+    interpreter = fx.Interpreter(graph)
+    values, interpreter.args_iter = interpreter.env, iter([x])
+    for node in graph.graph.nodes:
+        values[node] = interpreter.run_node(node)
+        yield node, values
+        for used in [*interpreter.user_to_last_uses.get(node, []), *([] if node.users else [node])]:
+            del values[used]
 
 
 def trace(net: nn.Module, example: Tensor) -> fx.GraphModule:
@@ -72,8 +68,9 @@ def trace(net: nn.Module, example: Tensor) -> fx.GraphModule:
         example: a mini-batch that the network takes, on its device.
 
     Returns:
-        A GraphModule over the network's own modules, whose names in it start with "net.". node.meta["shape"] is the shape of a tensor value, None
-        for other values; node.meta["changed"] lists the earlier nodes whose values this one changes in place, views and detached tensors included.
+        A GraphModule over the network's own modules, whose names in it start with "net.". node.meta["shape"] is the
+        shape of a tensor value, None for other values; node.meta["changed"] lists the earlier nodes whose values this
+        one changes in place, views and detached tensors included.
     """
     root = _Called(net)
     graph = fx.GraphModule(root, _Tracer().trace(root))
@@ -93,7 +90,7 @@ def module_name(node: fx.Node) -> str:
 
 
 def layer_name(node: fx.Node) -> str:
-    """A node in the user's words: the module's name in the network, or the operation and the module that it is written in."""
+    """A node's name for messages: its module's, or the operation and the module in which it is written."""
     if node.op == "call_module":
         return module_name(node) or "the network"
     operation = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
