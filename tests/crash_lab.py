@@ -1,15 +1,14 @@
-"""Runs that are killed: the training script in processes that are forked from one that has imported torch, so that each starts at once.
+"""Runs that are killed: the CIFAR script in processes forked from one that has imported torch, so that they start fast.
 
-`Lab` starts the forking process (this file, run as a program) and asks it for runs. A run can kill itself at an exact point (before the
-third fsync, in the fifth optimizer step, ...) or be killed from outside after some time; what it was doing then is read from a file
-that it keeps.
+`Lab` starts the forking process (this file, run as a program) and asks it for runs. A run can send itself a signal at
+an exact point (the fifth step, the third fsync, ...) or be killed from outside after some time; what it was doing is
+read from a file that it keeps.
 """
 
 import contextlib
-import csv
+import importlib
 import json
 import os
-import random
 import re
 import shlex
 import signal
@@ -23,52 +22,48 @@ ROOT = Path(__file__).resolve().parent.parent
 NAME = "checkpoint.resnet8_dropout.pth.tar"
 FLAGS = ["--arch", "resnet8_dropout", "--batch_size", "16", "--k", "24", "--epochs", "3", "--print_freq", "1"]
 FLAGS += ["--save_every", "2", "--save_path", "out"]
-# Exact points at which a run can end itself, and what it is doing there.
+# What a run may be doing, and the function that does it.
 POINTS = {
-    "step": ("utils.train.engine", "add_gradients"),
-    "evaluation": ("utils.train.engine", "RunningMeans.read"),
-    "written, not on the disk": ("os", "fsync"),
-    "kept twice": ("os", "link"),
-    "before the renaming": ("os", "replace"),
+    "step": ("utils.train.engine", "train_step"),
+    "evaluation": ("utils.train.trainer", "evaluate"),
     "test batch": ("utils.train.trainer", "Training._stop_while_testing"),
+    "save": ("utils.base.checkpoint", "write"),
+    "fsync": ("os", "fsync"),
+    "link": ("os", "link"),
+    "rename": ("os", "replace"),
     "small network": ("utils.train.trainer", "make_small"),
+    "curves": ("utils.train.trainer", "draw_curves"),
     "log line": ("utils.train.run_folder", "append_line"),
 }
 
 
 @dataclass
 class Run:
-    """A run that was asked for.
-
-    Attributes:
-        pids: its process, or those of its ranks.
-        folder: its working folder; `out` in it is the save path.
-    """
+    """A run that was asked for: the processes of its ranks, and its working folder, in which `out` is the save path."""
 
     lab: "Lab"
     pids: list[int]
     folder: Path
     statuses: list[int] = field(default_factory=list)
 
-    def wait(self) -> int:
-        """The exit status, negative for a signal; of several ranks the first's."""
+    def wait(self) -> "Run":
+        """Waits for its end; exit statuses are negative for a signal."""
         self.statuses = [self.lab.ask({"wait": pid}) for pid in self.pids]
-        return self.statuses[0]
+        return self
 
-    def kill(self, signum: int = signal.SIGKILL, ranks: slice = slice(None)) -> None:
-        for pid in self.pids[ranks]:
+    def kill(self, signum: int = signal.SIGKILL) -> None:
+        for pid in self.pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)
 
     def doing(self) -> str:
         """What the first process was doing last."""
-        try:
-            return (self.folder / "doing").read_text().split("\0")[0] or "start-up"
-        except FileNotFoundError:
-            return "start-up"
+        file = self.folder / "doing"
+        return (file.read_text().split("\0")[0] if file.exists() else "") or "start-up"
 
-    def text(self, stream: str) -> str:
-        return (self.folder / f"{stream}0").read_text()
+    @property
+    def errors(self) -> str:
+        return (self.folder / "stderr0").read_text()
 
 
 class Lab:
@@ -76,10 +71,8 @@ class Lab:
 
     def __enter__(self):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(Path(__file__).resolve())]
-        self.server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.server = subprocess.Popen([sys.executable, Path(__file__).resolve()], cwd=ROOT, env=environment, **pipes)
         return self
 
     def __exit__(self, *_):
@@ -92,93 +85,61 @@ class Lab:
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
-    def start(
-        self,
-        folder: Path,
-        argv: list[str],
-        *,
-        ranks: int = 1,
-        point: str | None = None,
-        count: int = 0,
-        signum: int = signal.SIGKILL,
-    ) -> Run:
-        """Starts the CIFAR script in `folder`; with a `point` it sends itself the signal there, at the count-th time."""
+    def start(self, folder: Path, argv: list, *, ranks=1, point=None, count=0, signum=signal.SIGKILL) -> Run:
+        """Starts the script in `folder`; with a `point` rank 0 sends itself the signal there, at the count-th time."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "doing").unlink(missing_ok=True)
-        request = {"folder": str(folder), "argv": [str(a) for a in argv], "point": point, "count": count}
-        request["signum"] = int(signum)
-        if ranks == 1:
-            return Run(self, [self.ask(request)], folder)
+        request = {"folder": str(folder), "argv": [str(word) for word in argv], "count": count, "signum": int(signum)}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
         pids = []
         for rank in range(ranks):
             numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-            environment = {**numbers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment = {name: str(value) for name, value in environment.items()}
-            point_here = point if rank == 0 else None
-            pids.append(self.ask({**request, "environment": environment, "point": point_here}))
+            environment = {name: str(value) for name, value in {**numbers, **place}.items()} if ranks > 1 else {}
+            pids.append(self.ask({**request, "environment": environment, "point": None if rank else point}))
         return Run(self, pids, folder)
 
-    def run(self, folder: Path, argv: list[str], **options) -> Run:
-        run = self.start(folder, argv, **options)
-        run.wait()
-        return run
+    def run(self, folder: Path, argv: list, **options) -> Run:
+        return self.start(folder, argv, **options).wait()
 
 
 def same(a, b) -> bool:
     """Equality to the last bit of nested checkpoints, wall-clock times and settings (which name --resume) aside."""
     import torch
 
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, torch.Tensor):
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
+    if isinstance(a, dict) and isinstance(b, dict):
         skipped = ("images_per_s", "seconds", "settings")
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key not in skipped)
-    if isinstance(a, (list, tuple)):
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return a == b
 
 
-def log_entries(text: str) -> dict[tuple, set[str]]:
-    """{(epoch, mini-batch or kind of line): what the log says there, times aside}. A resumed run says some things twice."""
-    entries, epoch = {}, None
-    for line in text.splitlines():
-        if found := re.match(r"==>>.*\[Epoch=(\d+)/", line):
-            epoch = found[1]
-            entries.setdefault((epoch, "begin"), set()).add(re.sub(r"\[\d{4}-.*?\]|\[Need.*?\]", "", line))
-        elif found := re.match(r"  Epoch: \[(\d+)\]\[(\d+)/", line):
-            entries.setdefault((found[1], found[2]), set()).add(re.sub(r"Time [\d.]+|\[\d{4}-.*?\]", "", line))
-        elif found := re.match(r"  \*\*(\w+)\*\*", line):
-            entries.setdefault((epoch, found[1]), set()).add(line)
-    return entries
-
-
-def metrics(folder: Path) -> list[list[str]]:
-    """metrics.csv without its wall-clock columns."""
-    rows = list(csv.reader((folder / "metrics.csv").read_text().splitlines()))
-    return [row[:6] for row in rows]
+def figures(folder: Path) -> dict[str, object]:
+    """What log, metrics.csv and results.json say, wall-clock times aside; a resumed run logs some lines twice."""
+    log = (folder / "log_seed_1.txt").read_text(errors="replace").splitlines()
+    results = json.loads((folder / "results.json").read_text())
+    keys = ("finished", "last_epoch_accuracy", "best_epoch_accuracy", "epochs_done", "filters")
+    times = r"\[\d{4}-.*?\]|\[Need.*?\]|Time [\d.]+"
+    return {
+        "log": {re.sub(times, "", line) for line in log if line.startswith(("==>>", "  Epoch:", "  **"))},
+        "metrics.csv": [line.split(",")[:6] for line in (folder / "metrics.csv").read_text().splitlines()],
+        "results.json": {key: results[key] for key in keys},
+    }
 
 
 def differences(folder: Path, whole: Path) -> list[str]:
     """What of a resumed run (its save path) differs from the uninterrupted one."""
     import torch
 
-    found = []
-    for name in (NAME, NAME.replace("checkpoint", "best")):
-        a, b = (torch.load(path / name, weights_only=True) for path in (folder, whole))
-        found += [] if same(a, b) else [name]
-    found += [] if metrics(folder) == metrics(whole) else ["metrics.csv"]
-    a, b = (log_entries((path / "log_seed_1.txt").read_text(errors="replace")) for path in (folder, whole))
-    found += [] if a == b else ["log"]
-    a, b = (json.loads((path / "results.json").read_text()) for path in (folder, whole))
-    keys = ("finished", "last_epoch_accuracy", "best_epoch_accuracy", "epochs_done", "filters")
-    found += [] if all(a[key] == b[key] for key in keys) else ["results.json"]
-    found += [str(p.name) for p in folder.iterdir() if p.name.endswith(".tmp") or p.name == ".lock"]
-    return found
+    names = (NAME, NAME.replace("checkpoint", "best"))
+    found = [n for n in names if not same(*(torch.load(path / n, weights_only=True) for path in (folder, whole)))]
+    ours, theirs = figures(folder), figures(whole)
+    found += [name for name in ours if ours[name] != theirs[name]]
+    return found + [path.name for path in folder.glob(".*")]
 
 
 def resume_argv(text: str) -> list[str] | None:
@@ -189,11 +150,6 @@ def resume_argv(text: str) -> list[str] | None:
     return words[next(i for i, word in enumerate(words) if word.endswith("cifar10_resnet_test.py")) + 1 :]
 
 
-def random_delays(n: int, seconds: float, seed: int) -> list[float]:
-    draw = random.Random(seed)
-    return [draw.uniform(0.02, seconds) for _ in range(n)]
-
-
 def serve() -> None:
     """The forking process: a JSON line in, a JSON line out."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -201,11 +157,10 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     # Imported once here, not in every run: the optimizer's base class imports the compiler.
-    import matplotlib.pyplot  # noqa: F401
-    import torch._dynamo
+    for name in ("matplotlib.pyplot", "torch._dynamo", "cifar10_resnet_test"):
+        importlib.import_module(name)
     from tiny import NETWORKS
 
-    import cifar10_resnet_test  # noqa: F401
     import models.registry
 
     models.registry.REGISTRY.update(NETWORKS)
@@ -214,24 +169,23 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
-            _, status = os.waitpid(request["wait"], 0)
-            answer = os.waitstatus_to_exitcode(status)
+            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
         else:
-            answer = os.fork()
-            if answer == 0:
-                _child(request)
+            answer = os.fork() or _child(request)
         os.write(out, (json.dumps(answer) + "\n").encode())
     os._exit(0)
 
 
 def _child(request: dict) -> None:
     """One run of the script; does not return."""
+    import multiprocessing
+    import traceback
+
     import cifar10_resnet_test as script
     from utils.base.errors import run_main
 
-    environment = request.get("environment", {})
-    os.environ.update(environment)
-    rank = environment.get("RANK", "0")
+    os.environ.update(request["environment"])
+    rank = request["environment"].get("RANK", "0")
     os.chdir(request["folder"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, stream in ((1, "stdout"), (2, "stderr")):
@@ -240,94 +194,70 @@ def _child(request: dict) -> None:
     if rank == "0":
         _watch(request["point"], request["count"], request["signum"])
         _measure()
-    status = 0
+    status = 99
     try:
         run_main(script.main)
+        status = 0
     except SystemExit as stop:
         status = stop.code or 0
     except BaseException:
-        import traceback
-
         traceback.print_exc()
-        status = 99
     sys.stdout.flush()
     sys.stderr.flush()
-    import multiprocessing
-
     for child in multiprocessing.active_children():
         child.terminate()
     os._exit(status)
 
 
 def _measure() -> None:
-    """Writes this process's resident memory (bytes), open files and threads to `measured`, a line per complete epoch."""
-    from utils.train.trainer import Training
+    """Writes resident memory (bytes), open files and threads of this process to `measured`, a line per epoch."""
+    from utils.train.run_folder import RunFolder
 
-    real = Training._save
+    real = RunFolder.append_metrics
 
-    def save(training, *, is_best):
-        real(training, is_best=is_best)
-        if training.position == 0:
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            numbers = (
-                pages * os.sysconf("SC_PAGE_SIZE"),
-                len(os.listdir("/proc/self/fd")),
-                len(os.listdir("/proc/self/task")),
-            )
-            with open("measured", "a") as file:
-                file.write(" ".join(map(str, numbers)) + "\n")
+    def append_metrics(run, row):
+        real(run, row)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        files, threads = (len(os.listdir(f"/proc/self/{name}")) for name in ("fd", "task"))
+        with open("measured", "a") as file:
+            file.write(f"{pages * os.sysconf('SC_PAGE_SIZE')} {files} {threads}\n")
 
     if os.path.isdir("/proc/self/task"):
-        Training._save = save
+        RunFolder.append_metrics = append_metrics
 
 
 def _watch(point: str | None, count: int, signum: int) -> None:
     """Keeps the file `doing` up to date, and sends the process a signal at a point."""
-    import importlib
-
     doing = os.open("doing", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    seen = 0
+    stack, seen = ["start-up"], dict.fromkeys(POINTS, 0)
 
-    def note(text: str) -> None:
-        os.pwrite(doing, text.encode() + b"\0" * 30, 0)
+    def note() -> None:
+        os.pwrite(doing, stack[-1].encode() + b"\0" * 30, 0)
 
-    def wrap(name: str, owner, attribute: str) -> None:
+    def watch(name: str, owner, attribute: str) -> None:
         real = getattr(owner, attribute)
 
         def watched(*args, **kwargs):
-            nonlocal seen
-            if name == point:
-                seen += 1
-                if seen == count:
-                    os.kill(os.getpid(), signum)
-            return real(*args, **kwargs)
-
-        setattr(owner, attribute, watched)
-
-    def during(text: str, module: str, attribute: str) -> None:
-        owner = importlib.import_module(module)
-        real = getattr(owner, attribute)
-
-        def noted(*args, **kwargs):
-            note(text)
+            stack.append(name)
+            note()
+            seen[name] += 1
+            if (name, seen[name]) == (point, count):
+                os.kill(os.getpid(), signum)
             try:
                 return real(*args, **kwargs)
             finally:
-                note("between")
+                stack.pop()
+                stack[0] = "between steps"
+                note()
 
-        setattr(owner, attribute, noted)
+        setattr(owner, attribute, watched)
 
     for name, (module, attribute) in POINTS.items():
-        owner = importlib.import_module(module)
         *path, attribute = attribute.split(".")
+        owner = importlib.import_module(module)
         for part in path:
             owner = getattr(owner, part)
-        wrap(name, owner, attribute)
-    during("step", "utils.train.engine", "train_step")
-    during("evaluation", "utils.train.trainer", "evaluate")
-    during("save", "utils.base.checkpoint", "write")
-    during("small network", "utils.train.trainer", "make_small")
-    during("curves", "utils.train.trainer", "draw_curves")
+        watch(name, owner, attribute)
 
 
 if __name__ == "__main__":

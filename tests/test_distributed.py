@@ -234,7 +234,7 @@ class Shares:
 
 
 def test_batchnorm_of_each_rank_sees_its_share_alone(ranks):
-    """Per-rank statistics are those of ghost batches: other weights than one process's, those of the naive version."""
+    """Per-rank statistics are those of ghost batches: of the naive version, not of one process."""
     torch.manual_seed(0)
     net = InDouble()
     naive = Shares(net)

@@ -1,6 +1,5 @@
-"""A disk that fills up: one line, and everything that was there stays. On a small tmpfs where one may be mounted, else by injection."""
+"""A disk that fills up: one line, and every earlier file stays."""
 
-import csv
 import errno
 import os
 import resource
@@ -20,7 +19,7 @@ NAME = "checkpoint.resnet8.pth.tar"
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder on a file system of its own, of 12 MB."""
+    """A folder on a file system of its own, of 12 MB, and a function that fills it up to some bytes."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)]
@@ -30,22 +29,25 @@ def small_disk(tmp_path):
         mounted = False
     if not mounted:
         pytest.skip("mounting a tmpfs is not permitted here; the injected errors are tested all the same")
-    yield folder
+
+    def fill(leave):
+        free = os.statvfs(folder)
+        (folder / "ballast").write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - leave)))
+
+    yield folder, fill
     subprocess.run(["umount", str(folder)], timeout=20)
 
 
-def fill(disk, leave):
-    """Fills a file system up to `leave` bytes."""
-    free = os.statvfs(disk)
-    with open(disk / "ballast", "wb") as file:
-        file.write(bytes(max(0, free.f_bavail * free.f_frsize - leave)))
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_full_disk_during_save_loses_nothing(train, small_disk):
+    disk, fill = small_disk
     whole = train("--epochs", 2, "--save_path", "whole")
-    folder = train("--epochs", 1, "--save_path", small_disk / "out")
+    folder = train("--epochs", 1, "--save_path", disk / "out")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    fill(small_disk, leave=200_000)
+    fill(200_000)
     with pytest.raises(UserError, match=r"cannot write '.*pth.tar' \(No space left on device\)") as caught:
         train("--epochs", 2, "--resume", folder / NAME)
     assert "\n" not in str(caught.value)
@@ -53,84 +55,74 @@ def test_a_full_disk_during_save_loses_nothing(train, small_disk):
         now = (folder / name).read_bytes()
         assert now == content or (name.startswith("log_") and now.startswith(content)), name
     assert not list(folder.glob(".*"))
-    (small_disk / "ballast").unlink()
+    (disk / "ballast").unlink()
     train("--epochs", 2, "--resume", "auto", "--save_path", folder)
     a, b = (torch.load(path / NAME, weights_only=True)["state_dict"] for path in (folder, whole))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_lines_that_no_longer_fit_are_not_there_at_all(small_disk):
-    path = small_disk / "log"
-    append_line(path, "first")
-    fill(small_disk, leave=8192)
+    disk, fill = small_disk
+    append_line(disk / "log", "first")
+    fill(8192)
     with pytest.raises(OSError, match="No space"):
         for _ in range(20):
-            append_line(path, "x" * 1000)
-    assert path.read_bytes().endswith(b"\n") and set(path.read_text().splitlines()) <= {"first", "x" * 1000}
+            append_line(disk / "log", "x" * 1000)
+    text = (disk / "log").read_text()
+    assert text.endswith("\n") and set(text.splitlines()) <= {"first", "x" * 1000}
 
 
 def test_a_line_that_was_written_in_part_is_taken_back(tmp_path):
-    path = tmp_path / "log"
-    append_line(path, "first")
+    append_line(tmp_path / "log", "first")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, limit[1]))
     try:
         with pytest.raises(OSError):
-            append_line(path, "x" * 100)
+            append_line(tmp_path / "log", "x" * 100)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert path.read_text() == "first\n"
+    assert (tmp_path / "log").read_text() == "first\n"
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])
 def test_an_error_at_any_point_of_a_save_leaves_good_checkpoints(tmp_path, monkeypatch, name):
-    run = RunFolder(tmp_path, 1)
-    for value in (1.0, 2.0):
-        run.save_checkpoint({"arch": "net", "state_dict": {"w": torch.tensor([value])}}, is_best=True)
+    def checkpoint(value):
+        return {"arch": "net", "state_dict": {"w": torch.tensor([value])}}
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(files.os, name, full)
-    with pytest.raises(UserError, match="No space left"):
-        run.save_checkpoint({"arch": "net", "state_dict": {"w": torch.tensor([3.0])}}, is_best=False)
-    monkeypatch.undo()
-    run.close()
+    with RunFolder(tmp_path, 1) as run:
+        for value in (1.0, 2.0):
+            run.save_checkpoint(checkpoint(value), is_best=True)
+        monkeypatch.setattr(files.os, name, full)
+        with pytest.raises(UserError, match="No space left"):
+            run.save_checkpoint(checkpoint(3.0), is_best=False)
+        monkeypatch.undo()
     kinds = {p.name: float(checkpoints.read(p)["state_dict"]["w"]) for p in tmp_path.glob("*.pth.tar")}
     assert kinds.get("checkpoint.net.pth.tar", kinds["previous.net.pth.tar"]) == 2.0
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("what", ["append_line", "draw_curves"])
+@pytest.mark.parametrize("what", ["utils.train.run_folder.append_line", "os.fsync"])
 def test_other_files_that_cannot_be_written_are_one_line(train, monkeypatch, what):
     folder = train("--epochs", 1, "--save_path", "out")
     before = (folder / NAME).read_bytes()
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    if what == "append_line":
-        monkeypatch.setattr("utils.train.run_folder.append_line", full)
-    else:
-        monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr(what, full)
     with pytest.raises(UserError, match=r"cannot write.*No space left") as caught:
         train("--resume", folder / NAME)
     assert "\n" not in str(caught.value) and (folder / NAME).read_bytes() == before
 
 
-def test_metrics_and_log_are_mended(tmp_path):
+def test_metrics_and_log_are_repaired(tmp_path):
     rows = [dict.fromkeys(METRICS, float(epoch)) for epoch in range(3)]
     with RunFolder(tmp_path, 1) as run:
-        run.mend_metrics([])
+        run.rewrite_metrics([])
         for row in rows:
             run.append_metrics(row)
     good = (tmp_path / "metrics.csv").read_bytes()
-    assert len(list(csv.DictReader(good.decode().splitlines()))) == 3
+    assert good.startswith(b"epoch,lr,") and good.count(b"\n") == 4
     for torn in (good[:-5], good[: good.rindex(b"\n", 0, -1) + 1], b"", good + good):
         (tmp_path / "metrics.csv").write_bytes(torn)
-        run.mend_metrics(rows)
+        run.rewrite_metrics(rows)
         assert (tmp_path / "metrics.csv").read_bytes() == good
-    log = tmp_path / "log_seed_1.txt"
-    log.write_bytes(b"whole\nhal")
-    end_last_line(log)
-    assert log.read_bytes() == b"whole\nhal\n"
+    (tmp_path / "log").write_bytes(b"whole\nhal")
+    end_last_line(tmp_path / "log")
+    assert (tmp_path / "log").read_bytes() == b"whole\nhal\n"

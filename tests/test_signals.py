@@ -1,4 +1,4 @@
-"""When a signal stops what, and which command line continues. Whole runs are stopped in test_crashes.py."""
+"""When a signal stops what, which command continues, and run folders. Runs are stopped in test_crashes.py."""
 
 import os
 import signal
@@ -8,11 +8,12 @@ import sys
 import pytest
 
 from utils.base import signals
-from utils.base.errors import run_main
+from utils.base.errors import UserError, run_main
 from utils.base.signals import Stopped, StopRequest
 from utils.train import experiment
 from utils.train.resume import resume_command
-from utils.train.run_lock import RunLock, check_free
+from utils.train.run_folder import RunFolder
+from utils.train.run_lock import LOCK_NAME, RunLock, check_free
 
 
 def test_at_once_or_when_asked():
@@ -57,18 +58,15 @@ def test_exit_status_and_last_words(signum, status, capsys):
 
 @pytest.mark.parametrize("given", [["--resume", "old file"], ["--resume=old"], []])
 def test_the_command_that_continues_names_the_new_file_once(given, monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda name: os.path.join(os.path.dirname(sys.executable), name))
-    line = resume_command(
-        "s.py", ["data dir", *given, "--epochs", "3"], "out/a b.tar", ["torchrun", "--nproc_per_node", "2"]
-    )
+    bin_folder = os.path.dirname(sys.executable)
+    argv, torchrun = ["data dir", *given, "--epochs", "3"], ["torchrun", "--nproc_per_node", "2"]
+    monkeypatch.setattr("shutil.which", lambda name: os.path.join(bin_folder, name))
+    line = resume_command("s.py", argv, "out/a b.tar", torchrun)
     assert line == "torchrun --nproc_per_node 2 s.py 'data dir' --epochs 3 --resume 'out/a b.tar'"
-
-
-def test_outside_of_an_activated_environment_torchrun_is_named_by_its_python(monkeypatch, tmp_path):
-    for found in (None, str(tmp_path / "torchrun")):
-        monkeypatch.setattr("shutil.which", lambda name, found=found: found)
-        line = resume_command("s.py", ["data"], "a.tar", ["torchrun", "--nproc_per_node", "2"])
-        assert line == f"{sys.executable} -m torch.distributed.run --nproc_per_node 2 s.py data --resume a.tar"
+    # Outside of an activated environment there is no torchrun.
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    line = resume_command("s.py", argv, "a.tar", torchrun)
+    assert line.startswith(f"{sys.executable} -m torch.distributed.run --nproc_per_node 2 s.py")
 
 
 def test_on_several_machines_the_command_names_where_they_meet(monkeypatch):
@@ -80,16 +78,24 @@ def test_on_several_machines_the_command_names_where_they_meet(monkeypatch):
 
 
 def test_a_lock_dies_with_its_process_however_that_ended(tmp_path):
-    code = f"from pathlib import Path; from utils.train.run_lock import RunLock; lock = RunLock(Path({str(tmp_path)!r})); print(1, flush=True); input()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+    code = "import sys, pathlib, utils.train.run_lock as run_lock\n"
+    code += "lock = run_lock.RunLock(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], **pipes) as holder:
         holder.stdout.readline()
         for lock in (check_free, RunLock):
-            with pytest.raises(Exception, match=f"in use by process {holder.pid} on"):
+            with pytest.raises(UserError, match=f"in use by process {holder.pid} on"):
                 lock(tmp_path)
         holder.kill()
+    assert (tmp_path / LOCK_NAME).exists()
     check_free(tmp_path)
-    lock = RunLock(tmp_path)
-    with pytest.raises(Exception, match="this one"):
-        RunLock(tmp_path)
-    lock.release()
+    RunLock(tmp_path).release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_temporary_files_of_our_own_are_removed_from_a_folder(tmp_path):
+    own, others = ".checkpoint.net.pth.tar.ahsg-ht.tmp", [".notes.tmp", ".#draft.txt.tmp", "x.tmp"]
+    for name in (own, *others):
+        (tmp_path / name).write_text("content")
+    RunFolder(tmp_path, 1).close()
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "log_seed_1.txt"}

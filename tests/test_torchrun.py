@@ -1,5 +1,6 @@
 """The scripts as torchrun starts them: two processes, of which one is killed."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,23 +17,19 @@ ROOT = Path(__file__).resolve().parent.parent
 NAME = "checkpoint.resnet18.pth.tar"
 
 
-def torchrun(*words, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def torchrun(*words, cwd):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, words)]
-    return subprocess.Popen(
-        command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=cwd, **pipes)
 
 
 def process_of_rank(rank, launcher):
     """The process that a torchrun started with this rank."""
-    for entry in Path("/proc").iterdir():
-        try:
-            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
-            if int(parent) == launcher.pid and f"\0RANK={rank}\0" in (entry / "environ").read_text():
-                return int(entry.name)
-        except (OSError, IndexError, ValueError):
-            continue
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            parent = (environment.parent / "stat").read_text().rpartition(")")[2].split()[1]
+            if int(parent) == launcher.pid and f"\0RANK={rank}\0" in environment.read_text():
+                return int(environment.parent.name)
     raise AssertionError(f"no process of rank {rank}")
 
 
@@ -70,7 +67,7 @@ def test_a_killed_rank_ends_the_run_and_one_process_goes_on(jpegs, tmp_path, mon
     assert [row.partition(",")[0] for row in rows[1:]] == [str(epoch) for epoch in range(done + 1)]
 
 
-def test_a_mistake_is_told_once(tmp_path):
+def test_a_mistake_is_printed_once(tmp_path):
     """Also one that shows only after the processes have met."""
     run = torchrun(ROOT / "imagenet_resnet_test.py", tmp_path / "nowhere", "-a", "resnet18", cwd=tmp_path)
     printed, _ = run.communicate(timeout=240)
