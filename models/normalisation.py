@@ -18,14 +18,17 @@ def renormalise(net: nn.Module, trained_with: dict | None, fed_with: dict) -> nn
             None: that of the images.
         fed_with: that of the images which the network will be called with.
     """
-    if trained_with is None or trained_with == fed_with:
+    if trained_with is None:
         return net
     mean, std = (torch.tensor(trained_with[name]).view(-1, 1, 1) for name in ("mean", "std"))
     fed_mean, fed_std = (torch.tensor(fed_with[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    if not hasattr(net, "input_scale"):
+        if torch.equal(mean, fed_mean) and torch.equal(std, fed_std):
+            return net
+        net.register_forward_pre_hook(_rescale)
     # Buffers, so that they move with the network; the state dict does not hold them.
     net.register_buffer("input_scale", fed_std / std, persistent=False)
     net.register_buffer("input_shift", (fed_mean - mean) / std, persistent=False)
-    net.register_forward_pre_hook(_rescale)
     return net
 
 

@@ -18,24 +18,18 @@ from utils.base.errors import UserError
 NAME = "checkpoint.resnet8.pth.tar"
 
 
-@pytest.fixture(scope="module", params=["zip", "legacy"])
-def good(tmp_path_factory, request):
-    """An intact file in torch's present format, and in that before 1.6."""
-    path = tmp_path_factory.mktemp("good") / "good.pth.tar"
-    net = CifarResNet(8, 10)
-    content = {"state_dict": net.state_dict(), "optimizer": torch.optim.SGD(net.parameters()).state_dict()}
-    torch.save(content, path, _use_new_zipfile_serialization=request.param == "zip")
-    return path
-
-
 def refused(path, pattern=""):
     with pytest.raises(UserError, match=pattern) as caught:
         checkpoints.read(path)
     assert "\n" not in str(caught.value) and f"'{path}'" in str(caught.value)
 
 
-def test_truncated_files_are_named(good, tmp_path):
-    intact, path = good.read_bytes(), tmp_path / "cut.pth.tar"
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_truncated_files_are_named(tmp_path, is_zip):
+    """In torch's present format, and in that before 1.6."""
+    path = tmp_path / "cut.pth.tar"
+    torch.save({"state_dict": CifarResNet(8).state_dict()}, path, _use_new_zipfile_serialization=is_zip)
+    intact = path.read_bytes()
     lengths = random.Random(1).sample(range(len(intact)), 40)
     for length in [*range(5), *range(100, 106), *lengths, len(intact) - 1]:
         path.write_bytes(intact[:length])
@@ -66,6 +60,7 @@ def test_flipped_bits_are_noticed_or_harmless(tmp_path):
 @pytest.mark.parametrize(
     ("content", "named"),
     [
+        (None, "no checkpoint at"),
         (b"", "damaged"),
         (b"accuracy 91.71\n" * 100, "damaged"),
         ([1, 2], "no state_dict"),
@@ -81,13 +76,11 @@ def test_flipped_bits_are_noticed_or_harmless(tmp_path):
 )
 def test_files_without_weights_are_named(tmp_path, content, named):
     path = tmp_path / "empty.pth"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
     refused(path, named)
-
-
-def test_a_missing_file_and_a_folder_are_named(tmp_path):
-    refused(tmp_path, "no checkpoint at")
-    refused(tmp_path / "nowhere.pth", "no checkpoint at")
 
 
 class Payload:
@@ -114,15 +107,6 @@ def test_a_payload_never_runs(tmp_path, how):
     assert trap.exists()
 
 
-def rewritten(source, path, change, compression=zipfile.ZIP_STORED):
-    """A copy of a zip checkpoint whose data.pkl went through `change`."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w", compression) as new:
-        for entry in old.infolist():
-            content = old.read(entry)
-            new.writestr(entry.filename, change(content) if entry.filename.endswith("data.pkl") else content)
-    return path
-
-
 @pytest.mark.parametrize("how", ["compressed", "zip", "legacy"])
 def test_a_file_that_declares_more_than_it_holds_is_refused(tmp_path, how):
     path, saved = tmp_path / "huge.pth.tar", io.BytesIO()
@@ -131,10 +115,12 @@ def test_a_file_that_declares_more_than_it_holds_is_refused(tmp_path, how):
     small, large = struct.pack("<BH", ord("M"), 12345), struct.pack("<Bi", ord("J"), 2**30)
     if how == "legacy":
         path.write_bytes(saved.getvalue().replace(small, large))
-    elif how == "zip":
-        rewritten(saved, path, lambda content: content.replace(small, large))
     else:
-        rewritten(saved, path, lambda content: content, zipfile.ZIP_DEFLATED)
+        compression = zipfile.ZIP_DEFLATED if how == "compressed" else zipfile.ZIP_STORED
+        with zipfile.ZipFile(saved) as old, zipfile.ZipFile(path, "w", compression) as new:
+            for name in old.namelist():
+                is_changed = how == "zip" and name.endswith("data.pkl")
+                new.writestr(name, old.read(name).replace(small, large) if is_changed else old.read(name))
     refused(path, "damaged")
 
 

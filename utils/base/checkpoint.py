@@ -118,7 +118,8 @@ def _fits(name: str, content: dict) -> bool:
         return all(isinstance(numbers, list) and all(type(n) is float for n in numbers) for numbers in lists)
     if name == "optimizer":
         return isinstance(value.get("state"), dict) and isinstance(value.get("param_groups"), list)
-    return not isinstance(value, NUMBER) or -1 <= value < math.inf
+    # best_prec1 is -1 before the first test.
+    return not isinstance(value, NUMBER) or (-1 if name == "best_prec1" else 0) <= value < math.inf
 
 
 def progress(checkpoint: dict) -> tuple[int, int]:
