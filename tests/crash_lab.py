@@ -1,22 +1,24 @@
 """Runs that are killed: the CIFAR script in processes forked from one that has imported torch, so that they start fast.
 
-`Lab` starts the forking process (this file, run as a program) and asks it for runs. A run can send itself a signal at
-an exact point (the fifth step, the third fsync, ...) or be killed from outside after some time; what it was doing is
-read from a file that it keeps.
+A run can send itself a signal at an exact point (the fifth step, the third fsync, ...) or be killed from outside after
+some time; what it was doing is read from a file that it keeps.
 """
 
-import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import shlex
 import signal
 import socket
-import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+import torch
+from tiny import NETWORKS
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "checkpoint.resnet8_dropout.pth.tar"
@@ -37,77 +39,60 @@ POINTS = {
 }
 
 
+# Imported once, not in every run: the optimizer's base class imports the compiler.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch._dynamo", "matplotlib.pyplot", "cifar10_resnet_test"])
+
+
 @dataclass
 class Run:
     """A run that was asked for: the processes of its ranks, and its working folder, in which `out` is the save path."""
 
-    lab: "Lab"
-    pids: list[int]
+    processes: list[BaseProcess]
     folder: Path
-    statuses: list[int] = field(default_factory=list)
 
-    def wait(self) -> "Run":
-        """Waits for its end; exit statuses are negative for a signal."""
-        self.statuses = [self.lab.ask({"wait": pid}) for pid in self.pids]
-        return self
+    @property
+    def statuses(self) -> list[int]:
+        """Exit statuses, negative for a signal; waits for the end."""
+        for process in self.processes:
+            process.join()
+        return [process.exitcode for process in self.processes]
 
-    def kill(self, signum: int = signal.SIGKILL) -> None:
-        for pid in self.pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signum)
+    @property
+    def errors(self) -> str:
+        return (self.folder / "stderr0").read_text()
 
     def doing(self) -> str:
         """What the first process was doing last."""
         file = self.folder / "doing"
         return (file.read_text().split("\0")[0] if file.exists() else "") or "start-up"
 
-    @property
-    def errors(self) -> str:
-        return (self.folder / "stderr0").read_text()
+
+def start(folder: Path, argv: list, *, ranks=1, point=None, count=0, signum=signal.SIGKILL) -> Run:
+    """Starts the script in `folder`; with a `point` rank 0 sends itself the signal there, at the count-th time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "doing").unlink(missing_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+    processes = []
+    for rank in range(ranks):
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        environment = {name: str(value) for name, value in {**numbers, **place}.items()} if ranks > 1 else {}
+        settings = (folder, [str(word) for word in argv], rank, environment, point, count, signum)
+        processes.append(FORKS.Process(target=_run_script, args=settings))
+        processes[-1].start()
+    return Run(processes, folder)
 
 
-class Lab:
-    """Use as a context manager."""
-
-    def __enter__(self):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.server = subprocess.Popen([sys.executable, Path(__file__).resolve()], cwd=ROOT, env=environment, **pipes)
-        return self
-
-    def __exit__(self, *_):
-        self.server.stdin.close()
-        self.server.wait(20)
-        self.server.stdout.close()
-
-    def ask(self, request: dict):
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())
-
-    def start(self, folder: Path, argv: list, *, ranks=1, point=None, count=0, signum=signal.SIGKILL) -> Run:
-        """Starts the script in `folder`; with a `point` rank 0 sends itself the signal there, at the count-th time."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "doing").unlink(missing_ok=True)
-        request = {"folder": str(folder), "argv": [str(word) for word in argv], "count": count, "signum": int(signum)}
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
-        pids = []
-        for rank in range(ranks):
-            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-            environment = {name: str(value) for name, value in {**numbers, **place}.items()} if ranks > 1 else {}
-            pids.append(self.ask({**request, "environment": environment, "point": None if rank else point}))
-        return Run(self, pids, folder)
-
-    def run(self, folder: Path, argv: list, **options) -> Run:
-        return self.start(folder, argv, **options).wait()
+def run(folder: Path, argv: list, **options) -> Run:
+    started = start(folder, argv, **options)
+    assert started.statuses
+    return started
 
 
 def same(a, b) -> bool:
     """Equality to the last bit of nested checkpoints, wall-clock times and settings (which name --resume) aside."""
-    import torch
-
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict) and isinstance(b, dict):
@@ -133,8 +118,6 @@ def figures(folder: Path) -> dict[str, object]:
 
 def differences(folder: Path, whole: Path) -> list[str]:
     """What of a resumed run (its save path) differs from the uninterrupted one."""
-    import torch
-
     names = (NAME, NAME.replace("checkpoint", "best"))
     found = [n for n in names if not same(*(torch.load(path / n, weights_only=True) for path in (folder, whole)))]
     ours, theirs = figures(folder), figures(whole)
@@ -150,63 +133,23 @@ def resume_argv(text: str) -> list[str] | None:
     return words[next(i for i, word in enumerate(words) if word.endswith("cifar10_resnet_test.py")) + 1 :]
 
 
-def serve() -> None:
-    """The forking process: a JSON line in, a JSON line out."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    import torch
-
-    torch.set_num_threads(1)
-    # Imported once here, not in every run: the optimizer's base class imports the compiler.
-    for name in ("matplotlib.pyplot", "torch._dynamo", "cifar10_resnet_test"):
-        importlib.import_module(name)
-    from tiny import NETWORKS
-
-    import models.registry
-
-    models.registry.REGISTRY.update(NETWORKS)
-    out = os.dup(1)
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "wait" in request:
-            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
-        else:
-            answer = os.fork() or _child(request)
-        os.write(out, (json.dumps(answer) + "\n").encode())
-    os._exit(0)
-
-
-def _child(request: dict) -> None:
-    """One run of the script; does not return."""
-    import multiprocessing
-    import traceback
-
+def _run_script(folder: Path, argv: list[str], rank: int, environment: dict, point, count, signum) -> None:
+    """What a process does: the script, as if it were started from a command line."""
     import cifar10_resnet_test as script
+    import models.registry
     from utils.base.errors import run_main
 
-    os.environ.update(request["environment"])
-    rank = request["environment"].get("RANK", "0")
-    os.chdir(request["folder"])
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    torch.set_num_threads(1)
+    models.registry.REGISTRY.update(NETWORKS)
+    os.environ.update(environment)
+    os.chdir(folder)
     for number, stream in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{stream}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv = ["cifar10_resnet_test.py", *request["argv"]]
-    if rank == "0":
-        _watch(request["point"], request["count"], request["signum"])
+    sys.argv = ["cifar10_resnet_test.py", *argv]
+    if rank == 0:
+        _watch(point, count, signum)
         _measure()
-    status = 99
-    try:
-        run_main(script.main)
-        status = 0
-    except SystemExit as stop:
-        status = stop.code or 0
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    for child in multiprocessing.active_children():
-        child.terminate()
-    os._exit(status)
+    run_main(script.main)
 
 
 def _measure() -> None:
@@ -258,7 +201,3 @@ def _watch(point: str | None, count: int, signum: int) -> None:
         for part in path:
             owner = getattr(owner, part)
         watch(name, owner, attribute)
-
-
-if __name__ == "__main__":
-    serve()

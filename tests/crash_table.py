@@ -7,6 +7,7 @@ about half an hour on one core.
 
 import argparse
 import collections
+import os
 import random
 import signal
 import sys
@@ -14,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from crash_lab import FLAGS, POINTS, Lab, differences, resume_argv
+from crash_lab import FLAGS, POINTS, differences, resume_argv, run, start
 from tiny import make_teacher, make_tree
 
 
@@ -30,32 +31,33 @@ def variants(tree: Path, teacher: Path) -> dict[str, tuple[list, int]]:
     }
 
 
-def killed_once(lab, folder, argv, ranks, whole, delay, signum) -> tuple[str, list[str]]:
+def killed_once(folder, argv, ranks, whole, delay, signum) -> tuple[str, list[str]]:
     """What a run was doing when the signal came, and what differs after it was resumed."""
-    run = lab.start(folder, argv, ranks=ranks)
+    killed = start(folder, argv, ranks=ranks)
     time.sleep(delay)
-    where = run.doing()
-    run.kill(signum)
-    run.wait()
-    if run.statuses[0] == 0:
+    where = killed.doing()
+    for process in killed.processes:
+        if process.is_alive():
+            os.kill(process.pid, signum)
+    if killed.statuses[0] == 0:
         return "after its end", differences(folder / "out", whole)
     # On SIGTERM one rank may have reached the end before the signal came.
     expected = (-signum,) if signum == signal.SIGKILL else (128 + signum, 0)
-    problems = [] if all(s in expected for s in run.statuses) else [f"statuses {run.statuses}: {run.errors[-300:]}"]
-    resumed = lab.run(folder, resume_argv(run.errors) or [*argv, "--resume", "auto"], ranks=ranks)
+    problems = [f"status {s}: {killed.errors[-300:]}" for s in killed.statuses if s not in expected]
+    resumed = run(folder, resume_argv(killed.errors) or [*argv, "--resume", "auto"], ranks=ranks)
     if resumed.statuses != [0] * ranks:
         return where, [*problems, f"resume: {resumed.statuses} {resumed.errors[-300:]}"]
     return where, problems + differences(folder / "out", whole)
 
 
-def killed_at(lab, base: Path, argv: list, whole: Path, point: str) -> list[list[str]]:
+def killed_at(base: Path, argv: list, whole: Path, point: str) -> list[list[str]]:
     """What differs for a run that ends itself at the first, fourth, seventh, ... time it comes to a point."""
     found = []
     for count in range(1, 31, 3):
         folder = base / f"{point} {count}"
-        if lab.run(folder, argv, point=point, count=count).statuses != [-signal.SIGKILL]:
+        if run(folder, argv, point=point, count=count).statuses != [-signal.SIGKILL]:
             break
-        resumed = lab.run(folder, [*argv, "--resume", "auto"])
+        resumed = run(folder, [*argv, "--resume", "auto"])
         found.append(differences(folder / "out", whole) if resumed.statuses == [0] else [resumed.errors])
     return found
 
@@ -75,16 +77,16 @@ def main() -> None:
     args = parser.parse_args()
     failures = 0
     print("| what was killed | signal | times | what it was doing | resumed runs that differ |\n|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as base, Lab() as lab:
+    with tempfile.TemporaryDirectory() as base:
         base = Path(base)
         tree, teacher = make_tree(base / "tree"), make_teacher(base / "best.resnet8.pth.tar")
         for name, (argv, ranks) in variants(tree, teacher).items():
             if args.only not in name:
                 continue
             # The first run also fills caches, so that the second takes as long as those that follow.
-            whole = lab.run(base / name / "whole", argv, ranks=ranks).folder / "out"
+            whole = run(base / name / "whole", argv, ranks=ranks).folder / "out"
             begin = time.monotonic()
-            again = lab.run(base / name / "again", argv, ranks=ranks)
+            again = run(base / name / "again", argv, ranks=ranks)
             seconds = time.monotonic() - begin
             if again.statuses != [0] * ranks or differences(again.folder / "out", whole):
                 raise SystemExit(f"{name}: two uninterrupted runs differ: {again.errors[-500:]}")
@@ -92,10 +94,10 @@ def main() -> None:
                 draw, cases = random.Random(int(signum)), []
                 for i in range(args.kills):
                     folder, delay = base / name / f"{signum}_{i}", draw.uniform(0.02, seconds)
-                    cases.append(killed_once(lab, folder, argv, ranks, whole, delay, signum))
+                    cases.append(killed_once(folder, argv, ranks, whole, delay, signum))
                 failures += print_row(name, signum.name, *map(list, zip(*cases, strict=True)))
             for point in POINTS if name == "one process" else ():
-                problems = killed_at(lab, base / "points", argv, whole, point)
+                problems = killed_at(base / "points", argv, whole, point)
                 failures += print_row("one process, by itself", "SIGKILL", [f"at: {point}"] * len(problems), problems)
     sys.exit(failures > 0)
 

@@ -8,13 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from crash_lab import FLAGS, NAME, ROOT, Lab, differences, resume_argv
-
-
-@pytest.fixture(scope="module")
-def lab():
-    with Lab() as lab:
-        yield lab
+from crash_lab import FLAGS, NAME, ROOT, differences, resume_argv, run, start
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +17,11 @@ def plain(tree):
 
 
 @pytest.fixture(scope="module")
-def whole(lab, plain, tmp_path_factory):
+def whole(plain, tmp_path_factory):
     """The save path of an uninterrupted run."""
-    run = lab.run(tmp_path_factory.mktemp("whole"), plain)
-    assert run.statuses == [0], run.errors
-    return run.folder / "out"
+    done = run(tmp_path_factory.mktemp("whole"), plain)
+    assert done.statuses == [0], done.errors
+    return done.folder / "out"
 
 
 @pytest.mark.parametrize(
@@ -40,9 +34,9 @@ def whole(lab, plain, tmp_path_factory):
         ("small network", 1, []),
     ],
 )
-def test_a_killed_run_ends_like_an_uninterrupted_one(lab, plain, whole, tmp_path, point, count, more):
-    assert lab.run(tmp_path, [*plain, *more], point=point, count=count).statuses == [-signal.SIGKILL]
-    resumed = lab.run(tmp_path, [*plain, *more, "--resume", "auto"])
+def test_a_killed_run_ends_like_an_uninterrupted_one(plain, whole, tmp_path, point, count, more):
+    assert run(tmp_path, [*plain, *more], point=point, count=count).statuses == [-signal.SIGKILL]
+    resumed = run(tmp_path, [*plain, *more, "--resume", "auto"])
     assert resumed.statuses == [0], resumed.errors
     assert differences(tmp_path / "out", whole) == []
 
@@ -51,52 +45,54 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(lab, plain, whole, tmp_path
     ("signum", "point", "count"),
     [(signal.SIGTERM, "step", 5), (signal.SIGINT, "test batch", 2), (signal.SIGTERM, "small network", 1)],
 )
-def test_a_stopped_run_says_how_to_continue(lab, plain, whole, tmp_path, signum, point, count):
-    stopped = lab.run(tmp_path, plain, point=point, count=count, signum=signum)
+def test_a_stopped_run_says_how_to_continue(plain, whole, tmp_path, signum, point, count):
+    stopped = run(tmp_path, plain, point=point, count=count, signum=signum)
     assert stopped.statuses == [128 + signum]
     assert "Traceback" not in stopped.errors and "out/checkpoint" in stopped.errors
-    resumed = lab.run(tmp_path, resume_argv(stopped.errors))
+    resumed = run(tmp_path, resume_argv(stopped.errors))
     assert resumed.statuses == [0], resumed.errors
     assert differences(tmp_path / "out", whole) == []
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_same_mini_batch(lab, plain, tmp_path):
-    whole = lab.run(tmp_path / "whole", plain, ranks=2)
+def test_a_signal_to_one_rank_stops_all_after_the_same_mini_batch(plain, tmp_path):
+    whole = run(tmp_path / "whole", plain, ranks=2)
     assert whole.statuses == [0, 0], whole.errors
-    stopped = lab.run(tmp_path / "part", plain, ranks=2, point="step", count=5, signum=signal.SIGTERM)
+    stopped = run(tmp_path / "part", plain, ranks=2, point="step", count=5, signum=signal.SIGTERM)
     assert stopped.statuses == [143, 143], stopped.errors
-    resumed = lab.run(tmp_path / "part", [*plain, "--resume", "auto"], ranks=2)
+    resumed = run(tmp_path / "part", [*plain, "--resume", "auto"], ranks=2)
     assert resumed.statuses == [0, 0], resumed.errors
     assert differences(tmp_path / "part/out", tmp_path / "whole/out") == []
 
 
-def test_before_there_is_anything_to_save_a_signal_ends_the_run_at_once(lab, plain, tmp_path):
-    stopped = lab.run(tmp_path, plain, point="log line", count=2, signum=signal.SIGTERM)
+def test_before_there_is_anything_to_save_a_signal_ends_the_run_at_once(plain, tmp_path):
+    stopped = run(tmp_path, plain, point="log line", count=2, signum=signal.SIGTERM)
     assert stopped.statuses == [143]
     assert "nothing had been trained" in stopped.errors and "Traceback" not in stopped.errors
 
 
-def test_a_second_run_is_locked_out_until_the_first_is_gone(lab, plain, whole, tmp_path):
-    first = lab.start(tmp_path, [*plain, "--workers", "2"])
+def test_a_second_run_is_locked_out_until_the_first_is_gone(plain, whole, tmp_path):
+    first = start(tmp_path, [*plain, "--workers", "2"])
     while not (tmp_path / "out" / NAME).exists():
         time.sleep(0.02)
-    os.kill(first.pids[0], signal.SIGSTOP)
-    second = lab.run(tmp_path / "elsewhere", [*plain[:-1], tmp_path / "out", "--resume", "auto"])
+    os.kill(first.processes[0].pid, signal.SIGSTOP)
+    try:
+        second = run(tmp_path / "elsewhere", [*plain[:-1], tmp_path / "out", "--resume", "auto"])
+    finally:
+        first.processes[0].kill()
     assert second.statuses == [2]
-    assert second.errors.count("\n") == 1 and f"in use by process {first.pids[0]} on" in second.errors
-    first.kill()
-    assert first.wait().statuses == [-signal.SIGKILL]
+    assert second.errors.count("\n") == 1 and f"in use by process {first.processes[0].pid} on" in second.errors
+    assert first.statuses == [-signal.SIGKILL]
     # Its worker processes still live, for seconds.
-    assert lab.run(tmp_path, [*plain, "--resume", "auto"]).statuses == [0]
+    assert run(tmp_path, [*plain, "--resume", "auto"]).statuses == [0]
     assert differences(tmp_path / "out", whole) == []
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="measured through /proc")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_thirty_epochs_take_no_more_memory_files_or_threads_than_five(lab, plain, tmp_path, workers):
+def test_thirty_epochs_take_no_more_memory_files_or_threads_than_five(plain, tmp_path, workers):
     flags = [*plain, "--epochs", "30", "--print_freq", "100", "--HTrate", "1", "--v", "0", "--workers", str(workers)]
-    run = lab.run(tmp_path, flags)
-    assert run.statuses == [0], run.errors
+    done = run(tmp_path, flags)
+    assert done.statuses == [0], done.errors
     lines = [[int(n) for n in line.split()] for line in (tmp_path / "measured").read_text().splitlines()]
     assert len(lines) == 30
     assert all(last <= 1.02 * fifth for fifth, last in zip(lines[4], lines[-1], strict=True))
@@ -104,14 +100,14 @@ def test_thirty_epochs_take_no_more_memory_files_or_threads_than_five(lab, plain
 
 def test_ctrl_c_while_python_still_imports_leaves_no_traceback(tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    run = subprocess.Popen([sys.executable, ROOT / "cifar10_resnet_test.py"], cwd=tmp_path, **pipes)
+    process = subprocess.Popen([sys.executable, ROOT / "cifar10_resnet_test.py"], cwd=tmp_path, **pipes)
     # Python's own start-up is not ours.
-    maps = Path(f"/proc/{run.pid}/maps")
+    maps = Path(f"/proc/{process.pid}/maps")
     for _ in range(300):
         time.sleep(0.02)
         if maps.exists() and "libtorch" in maps.read_text():
             break
-    run.send_signal(signal.SIGINT)
-    _, errors = run.communicate(timeout=60)
-    assert b"Traceback" not in errors and run.returncode in (-signal.SIGINT, 130)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert b"Traceback" not in errors and process.returncode in (-signal.SIGINT, 130)
     assert list(tmp_path.iterdir()) == []
