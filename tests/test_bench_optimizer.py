@@ -20,17 +20,10 @@ def test_table_has_a_row_and_a_ratio_for_every_optimizer(capsys, tmp_path):
     saved = json.loads((tmp_path / "optimizer_cpu_channels_last.json").read_text())
     assert [row["optimizer"] for row in saved["timings"]] == list(OPTIMIZERS)
     assert all(0 < row["fastest"] <= row["median ms"] <= row["slowest"] for row in saved["timings"])
-    base = saved["timings"][0]["median ms"]
-    assert [row["ratio"] for row in saved["timings"]] == [row["median ms"] / base for row in saved["timings"]]
+    assert all(row["ratio"] == row["median ms"] / saved["timings"][0]["median ms"] for row in saved["timings"])
     text = (tmp_path / "optimizer_cpu_channels_last.md").read_text()
     assert text in capsys.readouterr().out and "| resnet8 | AHSG-HT | " in text
     assert saved["command"].startswith("python -m utils.bench.optimizer --device cpu") and saved["command"] in text
-
-
-def test_parameters_of_torchvisions_networks_have_gradients_in_their_layout():
-    params = parameters_with_gradients("resnet18", CPU, channels_last=True)
-    assert sum(p.numel() for p in params) == 11_689_512
-    assert all(p.grad.stride() == p.stride() for p in params)
 
 
 def test_a_step_that_waits_for_the_gpu_is_an_error(monkeypatch):
@@ -50,29 +43,15 @@ def test_a_step_on_the_gpu_never_waits(channels_last):
     assert count_synchronisations(OPTIMIZERS["per-filter loop"](params)) > 0
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--arch", "resnet21"], "resnet21"),
-        (["--repeats", "0"], "--repeats"),
-        *([] if torch.cuda.is_available() else [(["--device", "cuda"], "no CUDA GPU")]),
-    ],
-)
-def test_bad_flags_are_one_line(flags, message):
-    with pytest.raises(UserError, match=message):
-        bench_optimizer.main(flags)
-
-
 @pytest.mark.parametrize("arch", ["resnet8", "vgg11", "vgg11_bn"], ids=["norm", "bias", "bias and norm"])
 def test_per_filter_loop_takes_the_steps_of_AHSG_HT(arch):
     fast, slow = (parameters_with_gradients(arch, CPU, False) for _ in range(2))
     recipe = HT_RECIPE | {"lr": 0.1}
     optimizers = AHSG_HT(fast, **recipe), PerFilterLoop(slow, **recipe)
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     for _ in range(3):
         for p, q in zip(fast, slow, strict=True):
-            p.grad = torch.randn(p.shape, generator=generator)
-            q.grad = p.grad.clone()
+            q.grad = p.grad = torch.randn(p.shape)
         for optimizer in optimizers:
             one_step(optimizer)
     for p, q in zip(fast, slow, strict=True):

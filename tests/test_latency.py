@@ -2,13 +2,11 @@
 
 import json
 
-import pytest
 import torch
 
 import models
 from AHSG_HT import hard_threshold
 from utils import get_small_model
-from utils.base.errors import UserError
 from utils.bench import latency
 from utils.bench.report import take_turns
 
@@ -46,16 +44,3 @@ def test_calls_take_turns():
     calls = [lambda: called.append("a"), lambda: called.append("b")]
     seconds = take_turns(calls, torch.device("cpu"), repeats=4, warm_up=1)
     assert called == ["a", "b"] * 5 and [len(s) for s in seconds] == [4, 4]
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ([], "name a checkpoint, or a network with --arch"),
-        (["--arch", "lenet"], "unknown network 'lenet'"),
-        (["--arch", "resnet8", "--HTrate", "0.001"], r"--HTrate 0\.001"),
-    ],
-)
-def test_bad_flags_are_one_line(flags, message):
-    with pytest.raises(UserError, match=message):
-        latency.main(flags)

@@ -20,7 +20,7 @@ TESTS = ["tests/test_bench_optimizer.py", "tests/test_optimizer_on_gpus.py", "te
 TRAINING = ["--dataset", "synthetic", "--images", "9984", "--loops", "original", "this", "amp", "compile", "both"]
 QUICK_TESTS = ["--noconftest", "-k", "waits", TESTS[0]]
 QUICK = ["--arch", "resnet20", "--repeats", "2"]
-QUICK_TRAINING = [*QUICK, "--dataset", "synthetic", "--images", "32", "--batch_size", "16", "--workers", "0"]
+QUICK_TRAINING = [*QUICK, "--dataset", "synthetic", "--loops", "this", "--images", "32", "--batch_size", "16"]
 
 
 def run_tests(files: list[str], path: Path) -> None:
