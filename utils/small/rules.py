@@ -24,10 +24,8 @@ from utils.small.trace import layer_name
 if TYPE_CHECKING:
     from utils.small.channels import Channels
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # Layers whose weights are narrowed with their channels.
-NARROWED = (*CONVOLUTIONS, *BATCH_NORMS, nn.Linear)
+NARROWED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass
@@ -302,56 +300,41 @@ def _is_harmless_size(node: fx.Node, channels: Channels) -> bool:
     return all(isinstance(entry, int) and entry % len(_shape(node)) != 1 for entry in entries)
 
 
-def _named(module: Any, names: str) -> list:
-    """These of a module, with those of the same name and an underscore, which work in place."""
-    return [getattr(module, n) for name in names.split() for n in (name, f"{name}_") if hasattr(module, n)]
-
-
 ACTIVATIONS = (
     "relu relu6 leaky_relu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh softplus threshold "
     "abs neg square clamp"
 )
-ACTIVATION_MODULES = (
-    "ReLU ReLU6 LeakyReLU PReLU ELU SELU CELU GELU SiLU Mish Hardswish Hardsigmoid Hardtanh Sigmoid Tanh Softplus "
-    "Softsign LogSigmoid Tanhshrink Hardshrink Softshrink Threshold"
+# (rule, where its operations are defined, their names). Those of Tensor are methods; an underscore more works in place.
+OPERATIONS = (
+    (_reader, nn, "Conv1d Conv2d Conv3d Linear"),
+    (_batch_norm, nn, "BatchNorm1d BatchNorm2d BatchNorm3d"),
+    (_same, nn, "Identity Dropout Dropout1d Dropout2d Dropout3d AlphaDropout MaxPool1d MaxPool2d MaxPool3d"),
+    (_same, nn, "AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d"),
+    (_same, nn, "AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d"),
+    (_same, F, "max_pool1d max_pool2d max_pool3d adaptive_max_pool2d"),
+    (_same, F, "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"),
+    (_same, Tensor, "contiguous clone detach"),
+    (_dropout, F, "dropout dropout2d dropout3d alpha_dropout"),
+    (_average_pool, nn, "AvgPool1d AvgPool2d AvgPool3d"),
+    (_keeps_zero, nn, "ZeroPad2d Upsample UpsamplingNearest2d UpsamplingBilinear2d"),
+    (_keeps_zero, F, "avg_pool1d avg_pool2d avg_pool3d interpolate"),
+    (_pointwise, nn, "ReLU ReLU6 LeakyReLU PReLU ELU SELU CELU GELU SiLU Mish Hardswish Hardsigmoid Hardtanh Sigmoid"),
+    (_pointwise, nn, "Tanh Softplus Softsign LogSigmoid Tanhshrink Hardshrink Softshrink Threshold"),
+    *((_pointwise, where, ACTIVATIONS) for where in (F, torch, Tensor, operator)),
+    *((_binary, where, "add sub mul div truediv iadd isub imul itruediv") for where in (operator, torch, Tensor)),
+    *((_positions_only, where, "mean squeeze") for where in (torch, Tensor)),
+    *((_flatten, where, "Flatten flatten view reshape") for where in (nn, torch, Tensor)),
+    (_concatenation, torch, "cat concat"),
+    (_zero_pad, F, "pad"),
+    (_getitem, operator, "getitem"),
+    (_size, Tensor, "size"),
 )
-SAME_MODULES = (
-    "Identity Dropout Dropout1d Dropout2d Dropout3d AlphaDropout MaxPool1d MaxPool2d MaxPool3d "
-    "AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d"
-)
-SAME_FUNCTIONS = (
-    "max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d"
-)
-OPERATORS = (operator.add, operator.sub, operator.mul, operator.truediv)
-IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-
 # By type of a module, function, name of a method, or path of a function whose package is not imported here.
 RULES: dict[object, Callable] = {
-    **dict.fromkeys((*CONVOLUTIONS, nn.Linear), _reader),
-    **dict.fromkeys(BATCH_NORMS, _batch_norm),
     OptionA: _option_a,
-    **dict.fromkeys(_named(nn, SAME_MODULES), _same),
-    **dict.fromkeys(_named(nn, "AvgPool1d AvgPool2d AvgPool3d"), _average_pool),
-    **dict.fromkeys(_named(nn, "ZeroPad2d Upsample UpsamplingNearest2d UpsamplingBilinear2d"), _keeps_zero),
-    **dict.fromkeys(_named(nn, ACTIVATION_MODULES), _pointwise),
-    nn.Flatten: _flatten,
-    # functions
-    **dict.fromkeys([*_named(F, ACTIVATIONS), *_named(torch, ACTIVATIONS), operator.neg], _pointwise),
-    **dict.fromkeys(_named(F, "dropout dropout2d dropout3d alpha_dropout"), _dropout),
-    "torchvision.ops.stochastic_depth.stochastic_depth": partial(_dropout, position=3),
-    **dict.fromkeys(_named(F, SAME_FUNCTIONS), _same),
-    **dict.fromkeys(_named(F, "avg_pool1d avg_pool2d avg_pool3d interpolate"), _keeps_zero),
-    **dict.fromkeys((*OPERATORS, *IN_PLACE_OPERATORS, torch.add, torch.sub, torch.mul, torch.div), _binary),
-    **dict.fromkeys((torch.mean, torch.squeeze, "mean", "squeeze"), _positions_only),
-    F.pad: _zero_pad,
-    **dict.fromkeys((torch.cat, torch.concat), _concatenation),
-    **dict.fromkeys((torch.flatten, torch.reshape), _flatten),
-    operator.getitem: _getitem,
     getattr: _size,
-    # methods
-    **dict.fromkeys([f.__name__ for f in _named(Tensor, ACTIVATIONS)], _pointwise),
-    **dict.fromkeys(["contiguous", "clone", "detach"], _same),
-    **dict.fromkeys([f.__name__ for f in _named(Tensor, "add sub mul div")], _binary),
-    **dict.fromkeys(["flatten", "view", "reshape"], _flatten),
-    "size": _size,
+    "torchvision.ops.stochastic_depth.stochastic_depth": partial(_dropout, position=3),
 }
+for _rule, _where, _names in OPERATIONS:
+    for _name in [n for name in _names.split() for n in (name, f"{name}_") if hasattr(_where, n)]:
+        RULES[_name if _where is Tensor else getattr(_where, _name)] = _rule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,20 @@ class _Called(nn.Module):
         return self.net(x)
 
 
+class _Proxy(fx.Proxy):
+    """torch.fx records x += y as x + y, which would leave views of x as they were."""
+
+    def _in_place(function):
+        return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    __iadd__, __isub__ = _in_place(operator.iadd), _in_place(operator.isub)
+    __imul__, __itruediv__ = _in_place(operator.imul), _in_place(operator.itruediv)
+
+
 class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, OptionA) or super().is_leaf_module(module, qualified_name)
 
