@@ -140,6 +140,8 @@ def _run_script(folder: Path, argv: list[str], rank: int, environment: dict, poi
     from utils.base.errors import run_main
 
     torch.set_num_threads(1)
+    # The run's own workers start as they would from a command line: the first of the methods is the system's default.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     models.registry.REGISTRY.update(NETWORKS)
     os.environ.update(environment)
     os.chdir(folder)

@@ -31,42 +31,32 @@ def variants(tree: Path, teacher: Path) -> dict[str, tuple[list, int]]:
     }
 
 
-def killed_once(folder, argv, ranks, whole, delay, signum) -> tuple[str, list[str]]:
-    """What a run was doing when the signal came, and what differs after it was resumed."""
-    killed = start(folder, argv, ranks=ranks)
-    time.sleep(delay)
-    where = killed.doing()
-    for process in killed.processes:
+def killed(folder, argv, ranks, whole, signum, delay=None, **point) -> tuple[str, list[str]]:
+    """What a run was doing when it was killed, after `delay` seconds or at a point, and what differs once resumed."""
+    crashed = start(folder, argv, ranks=ranks, signum=signum, **point)
+    if delay is not None:
+        time.sleep(delay)
+    where = crashed.doing() if delay is not None else point["point"]
+    for process in crashed.processes if delay is not None else ():
         if process.is_alive():
             os.kill(process.pid, signum)
-    if killed.statuses[0] == 0:
+    if crashed.statuses[0] == 0:
         return "after its end", differences(folder / "out", whole)
     # On SIGTERM one rank may have reached the end before the signal came.
     expected = (-signum,) if signum == signal.SIGKILL else (128 + signum, 0)
-    problems = [f"status {s}: {killed.errors[-300:]}" for s in killed.statuses if s not in expected]
-    resumed = run(folder, resume_argv(killed.errors) or [*argv, "--resume", "auto"], ranks=ranks)
+    problems = [f"status {s}: {crashed.errors[-300:]}" for s in crashed.statuses if s not in expected]
+    resumed = run(folder, resume_argv(crashed.errors) or [*argv, "--resume", "auto"], ranks=ranks)
     if resumed.statuses != [0] * ranks:
         return where, [*problems, f"resume: {resumed.statuses} {resumed.errors[-300:]}"]
     return where, problems + differences(folder / "out", whole)
 
 
-def killed_at(base: Path, argv: list, whole: Path, point: str) -> list[list[str]]:
-    """What differs for a run that ends itself at the first, fourth, seventh, ... time it comes to a point."""
-    found = []
-    for count in range(1, 31, 3):
-        folder = base / f"{point} {count}"
-        if run(folder, argv, point=point, count=count).statuses != [-signal.SIGKILL]:
-            break
-        resumed = run(folder, [*argv, "--resume", "auto"])
-        found.append(differences(folder / "out", whole) if resumed.statuses == [0] else [resumed.errors])
-    return found
-
-
-def print_row(name: str, label: str, wheres: list[str], problems: list[list[str]]) -> int:
-    bad = [f"{where}: {'; '.join(problem)}" for where, problem in zip(wheres, problems, strict=True) if problem]
-    counts = ", ".join(f"{n} {where}" for where, n in collections.Counter(wheres).most_common())
-    print(f"| {name} | {label} | {len(wheres)} | {counts} | {len(bad)} |", flush=True)
-    print("".join(f"{line}\n" for line in bad), file=sys.stderr, end="", flush=True)
+def print_row(name: str, signum: int, cases: list[tuple[str, list[str]]]) -> int:
+    """Prints what `killed` returned for a number of runs; the number of those that differ."""
+    counts = collections.Counter(where for where, _ in cases).most_common()
+    bad = [f"{where}: {'; '.join(problems)}" for where, problems in cases if problems]
+    cells = [name, signal.Signals(signum).name, len(cases), ", ".join(f"{n} {where}" for where, n in counts), len(bad)]
+    print(f"| {' | '.join(map(str, cells))} |", *bad, sep="\n", flush=True)
     return len(bad)
 
 
@@ -77,8 +67,8 @@ def main() -> None:
     args = parser.parse_args()
     failures = 0
     print("| what was killed | signal | times | what it was doing | resumed runs that differ |\n|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as base:
-        base = Path(base)
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
         tree, teacher = make_tree(base / "tree"), make_teacher(base / "best.resnet8.pth.tar")
         for name, (argv, ranks) in variants(tree, teacher).items():
             if args.only not in name:
@@ -94,11 +84,17 @@ def main() -> None:
                 draw, cases = random.Random(int(signum)), []
                 for i in range(args.kills):
                     folder, delay = base / name / f"{signum}_{i}", draw.uniform(0.02, seconds)
-                    cases.append(killed_once(folder, argv, ranks, whole, delay, signum))
-                failures += print_row(name, signum.name, *map(list, zip(*cases, strict=True)))
+                    cases.append(killed(folder, argv, ranks, whole, signum, delay))
+                failures += print_row(name, signum, cases)
+            cases = []
             for point in POINTS if name == "one process" else ():
-                problems = killed_at(base / "points", argv, whole, point)
-                failures += print_row("one process, by itself", "SIGKILL", [f"at: {point}"] * len(problems), problems)
+                for count in range(1, 31, 3):
+                    folder = base / f"{point} {count}"
+                    case = killed(folder, argv, 1, whole, signal.SIGKILL, point=point, count=count)
+                    if case[0] == "after its end":
+                        break
+                    cases.append(case)
+            failures += print_row("one process, exactly at", signal.SIGKILL, cases) if cases else 0
     sys.exit(failures > 0)
 
 
