@@ -20,7 +20,9 @@ def test_the_file_before_is_kept(tmp_path, monkeypatch, links):
     path, previous = tmp_path / "checkpoint.pth.tar", tmp_path / "previous.pth.tar"
     if not links:
         monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    checkpoints.write({"state_dict": {"w": torch.tensor(0.0)}}, tmp_path / "best.pth.tar")
     for value in (1.0, 2.0, 3.0):
+        assert previous.exists() == (value > 2)
         checkpoints.write({"state_dict": {"w": torch.tensor(value)}}, tmp_path / "best.pth.tar", path, keep=previous)
     kinds = {file.name: float(checkpoints.read(file)["state_dict"]["w"]) for file in tmp_path.iterdir()}
     assert kinds == {"best.pth.tar": 3.0, "checkpoint.pth.tar": 3.0, "previous.pth.tar": 2.0}

@@ -363,6 +363,11 @@ def test_public_resnet_is_the_naive_one(tmp_path, arch, blocks):
     check_public(saved(tmp_path / "public.th", {"state_dict": weights, "best_prec1": 91.0}, legacy=True), arch)
 
 
+def test_ones_own_network_of_the_same_names_is_not_converted(tmp_path):
+    checkpoints.write({"arch": "resnet8", "state_dict": public_weights(1)}, tmp_path / "own.pth.tar")
+    assert "conv1.weight" in models.load_checkpoint(tmp_path / "own.pth.tar")["state_dict"]
+
+
 @pytest.mark.parametrize("path", PRETRAINED or [None], ids=lambda path: path and path.name)
 def test_pretrained_files_are_read(path):
     if path is None:
