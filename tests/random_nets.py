@@ -1,4 +1,4 @@
-"""Random small networks of the operations that utils.small.channels knows, with random zeroed filters; and what of them is needed, by measuring."""
+"""Random small networks of operations with rules, with random zeroed filters; and what of them is needed, measured."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SIZE = 12
 
 
 class RandomNet(nn.Module):
-    """A chain of blocks, a head, and a label per channel of everything that a convolution or linear layer reads or makes.
+    """A chain of blocks, a head, and a label per channel of all that a convolution or linear layer reads or makes.
 
-    Channels that are added have the same label, written down while the network is built: an account of the couplings that owes nothing to
-    the analysis under test. With `leaky` no activation makes zeros of anything but zeros, so that what is zero in a few hundred images is zero
-    in all. `links` holds (label before, label after) of every channel that passes an option-A shortcut.
+    Channels that are added have the same label, written down while the network is built, independently of the analysis
+    under test. With `leaky` no activation makes zeros of anything but zeros, so that what is zero in a few hundred
+    images is zero in all. `links` holds (label before, label after) of every channel that passes an option-A shortcut.
     """
 
     def __init__(self, seed: int, leaky: bool = False):
@@ -52,9 +52,8 @@ class RandomNet(nn.Module):
         return list(range(self.labels_used - n, self.labels_used))
 
     def conv(self, read: list[int], make: list[int], kernel=3, stride=1, groups=1) -> nn.Conv2d:
-        layer = nn.Conv2d(
-            len(read), len(make), kernel, stride, kernel // 2, groups=groups, bias=self.rng.random() < 0.3
-        )
+        bias = self.rng.random() < 0.3
+        layer = nn.Conv2d(len(read), len(make), kernel, stride, kernel // 2, groups=groups, bias=bias)
         self.makes[layer] = make
         if groups == 1:
             self.reads[layer] = read
@@ -73,17 +72,20 @@ class RandomNet(nn.Module):
         """Appends a block; returns the labels of its result."""
         n, width = len(labels), self.rng.randint(2, 8)
         block = nn.ModuleDict()
-        made = labels
-        if kind in ("plain", "cat"):
+        if kind in ("max", "average"):
+            made = labels
+        elif kind in ("plain", "cat"):
             made = self.fresh(width)
             block["conv"] = self.conv(labels, made, self.rng.choice([1, 3]))
-            block["bn"] = nn.BatchNorm2d(width)
-            block["act"] = self.act()
+            block["bn"], block["act"] = nn.BatchNorm2d(width), self.act()
             made = labels + made if kind == "cat" else made
         elif kind == "depthwise":
-            block["conv"] = self.conv(labels, labels, groups=n)
-            block["bn"] = nn.BatchNorm2d(n)
-        elif kind in ("residual", "bottleneck", "option_a", "downsample"):
+            made = labels
+            block["conv"], block["bn"] = self.conv(labels, labels, groups=n), nn.BatchNorm2d(n)
+        elif kind == "gate":
+            inner, made = self.fresh(2), labels
+            block["conv_a"], block["conv_b"] = self.conv(labels, inner, 1), self.conv(inner, labels, 1)
+        else:
             stride = 2 if kind in ("option_a", "downsample") else 1
             inner, made = self.fresh(width), labels
             if kind == "option_a":
@@ -93,17 +95,13 @@ class RandomNet(nn.Module):
                 block["shortcut"] = OptionA(new)
             elif kind == "downsample":
                 made = self.fresh(self.rng.randint(2, 8))
-                block["shortcut"] = self.conv(labels, made, 1, 2)
-                block["bn_s"] = nn.BatchNorm2d(len(made))
+                block["shortcut"], block["bn_s"] = self.conv(labels, made, 1, 2), nn.BatchNorm2d(len(made))
             block["conv_a"], block["bn_a"] = self.conv(labels, inner, 3, stride), nn.BatchNorm2d(width)
             if kind == "bottleneck":
                 middle = self.fresh(width)
                 block["conv_m"], inner = self.conv(inner, middle, 1), middle
             block["conv_b"], block["bn_b"] = self.conv(inner, made), nn.BatchNorm2d(len(made))
             block["act"] = self.act()
-        elif kind == "gate":
-            inner = self.fresh(2)
-            block["conv_a"], block["conv_b"] = self.conv(labels, inner, 1), self.conv(inner, labels, 1)
         self.blocks.append(block)
         self.kinds.append(kind)
         return made
@@ -137,19 +135,17 @@ def zero_filters(net: RandomNet, *, constants: bool) -> None:
     """Random weights and statistics, then random filters zeroed, those of one label mostly together.
 
     Args:
-        constants: leave some of the additive parameters and running means of zeroed filters as they are, so that their channels are
+        constants: leave some additive parameters and running means of zeroed filters, so that their channels are
             constants other than 0.
     """
-    rng = net.rng
+    rng, norms, previous = net.rng, {}, None
     dead = {label for label in range(net.labels_used) if rng.random() < 0.45}
-    norms = {}
-    previous = None
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.weight.uniform_(0.5, 1.5)
-            module.bias.normal_(0, 0.3)
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.5, 1.5)
+            for value in (module.weight, module.running_var):
+                value.uniform_(0.5, 1.5)
+            for value in (module.bias, module.running_mean):
+                value.normal_(0, 0.3)
             if previous is not None and module.num_features == previous.out_channels:
                 norms[previous] = module
         previous = module if isinstance(module, nn.Conv2d) else None
@@ -170,22 +166,20 @@ def zero_filters(net: RandomNet, *, constants: bool) -> None:
 
 @torch.no_grad()
 def needed_labels(net: RandomNet, images: Tensor) -> set[int] | None:
-    """Labels of which a layer that is itself needed reads something other than zero in `images`, and those linked to them.
+    """Labels of which a needed layer reads something other than zero in `images`, and those linked to them.
 
     None where a layer reads a constant other than zero: which of those can go is another question.
     """
     seen: dict[nn.Module, Tensor] = {}
-    hooks = [
-        module.register_forward_pre_hook(
-            lambda module, inputs: seen.update({module: inputs[0].transpose(0, 1).flatten(1)})
-        )
-        for module in net.reads
-    ]
+
+    def keep(module, inputs):
+        seen[module] = inputs[0].transpose(0, 1).flatten(1)
+
+    hooks = [module.register_forward_pre_hook(keep) for module in net.reads]
     net.eval()(images)
-    for h in hooks:
-        h.remove()
-    constant = [((x == x[:, :1]).all(dim=1) & (x[:, 0] != 0)).any() for x in seen.values()]
-    if any(constant):
+    for hook in hooks:
+        hook.remove()
+    if any(((x == x[:, :1]).all(dim=1) & (x[:, 0] != 0)).any() for x in seen.values()):
         return None
     needed = net.input_labels | set(net.makes[net.head])
     while True:
