@@ -202,7 +202,7 @@ def _follow(channels: Channels, fixed: dict[nn.Module, str]) -> dict[nn.Module, 
         try:
             value = _apply(channels, node, module, fixed)
         except Unknown as error:
-            unknown[module] = str(error)
+            unknown[module], module = str(error), None
             value = _keep_all(channels, node, str(error))
         if value is None:
             continue
@@ -214,7 +214,7 @@ def _follow(channels: Channels, fixed: dict[nn.Module, str]) -> dict[nn.Module, 
             before = channels.values[changed]
             same = (before.constant == value.constant) if before.ids == value.ids else torch.tensor(False)
             channels.values[changed] = Value(before.ids, before.constant.where(same, math.nan))
-        if type(module) in NARROWED and module not in unknown:
+        if type(module) in NARROWED:
             call = LayerCall(node, module, channels.values[node.args[0]].ids, value.ids)
             first = calls.setdefault(module, call)
             channels.unite(call.read, first.read)
