@@ -42,8 +42,8 @@ def killed(folder, argv, ranks, whole, signum, delay=None, **point) -> tuple[str
             os.kill(process.pid, signum)
     if crashed.statuses[0] == 0:
         return "after its end", differences(folder / "out", whole)
-    # On SIGTERM one rank may have reached the end before the signal came.
-    expected = (-signum,) if signum == signal.SIGKILL else (128 + signum, 0)
+    # Other ranks than the first may have reached the end before the signal came.
+    expected = (-signum if signum == signal.SIGKILL else 128 + signum, 0)
     problems = [f"status {s}: {crashed.errors[-300:]}" for s in crashed.statuses if s not in expected]
     resumed = run(folder, resume_argv(crashed.errors) or [*argv, "--resume", "auto"], ranks=ranks)
     if resumed.statuses != [0] * ranks:

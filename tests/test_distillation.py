@@ -1,8 +1,8 @@
-"""Distillation: losses by hand, a teacher that stays as it is, adapters, and whole distilled runs."""
+"""Distillation: terms, a teacher that stays as it is, adapters, features by hooks, and distilled runs."""
 
+import copy
 import hashlib
 import json
-import math
 
 import pytest
 import torch
@@ -11,37 +11,9 @@ from torch import nn
 import models
 from models.resnet_cifar import CifarResNet
 from utils.base.errors import UserError
-from utils.train.distillation import LOSSES, Distillation, KLLoss, checksum, share_classifier
-
-STUDENT = torch.tensor([[1.0, 2.0], [0.0, -3.0]])
-TEACHER = torch.tensor([[0.0, 4.0], [0.5, -3.0]])
-
-
-@pytest.mark.parametrize(
-    ("name", "by_hand"),
-    [
-        ("MSE", (1 + 4 + 0.25 + 0) / 4),
-        ("L1", (1 + 2 + 0.5 + 0) / 4),
-        # Quadratic below a difference of 1, linear above.
-        ("SmoothL1", ((1 - 0.5) + (2 - 0.5) + 0.125 + 0) / 4),
-    ],
-)
-def test_feature_losses_by_hand(name, by_hand):
-    assert LOSSES[name](4.0)(STUDENT, TEACHER).item() == pytest.approx(by_hand)
-
-
-def test_kl_by_hand():
-    temperature, expected = 2.0, 0.0
-    for student, teacher in zip(STUDENT.tolist(), TEACHER.tolist(), strict=True):
-        p = [math.exp(x / temperature) for x in teacher]
-        q = [math.exp(x / temperature) for x in student]
-        expected += sum(a / sum(p) * math.log((a / sum(p)) / (b / sum(q))) for a, b in zip(p, q, strict=True))
-    assert KLLoss(temperature)(STUDENT, TEACHER).item() == pytest.approx(expected / 2 * temperature**2, rel=1e-5)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_student_that_equals_its_teacher_has_no_distance(loss):
-    assert LOSSES[loss](4.0)(TEACHER, TEACHER.clone()).item() == pytest.approx(0, abs=1e-6)
+from utils.train.distillation import Distillation, checksum, prepare_teacher, share_classifier
+from utils.train.features import with_features
+from utils.train.losses import parse_term
 
 
 class TwoStages(nn.Module):
@@ -64,39 +36,100 @@ class TwoStages(nn.Module):
 IMAGES, LABELS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3])
 
 
-def make(on, student=(5, 6), teacher=(5, 6), **options):
+def make(*terms, student=(5, 6), teacher=(5, 6), **options):
     torch.manual_seed(1)
     nets = TwoStages(teacher), TwoStages(student)
-    return nets[0], nets[1], Distillation(*nets, IMAGES, on=on, **options)
+    return nets[0], nets[1], Distillation(*nets, IMAGES, [parse_term(term) for term in terms], **options)
 
 
-@pytest.mark.parametrize("on", ["feature", "stages", "logits"])
-def test_loss_is_cross_entropy_plus_the_weighted_distances(on):
-    teacher, student, objective = make(on, weight=0.5)
+TERMS = ["feature:MSE:0.5", "stages:L1:2", "logits:KL:0.9:T=2", "logits:DKD", "stages:AT:100"]
+
+
+@pytest.mark.parametrize("terms", [*[[term] for term in TERMS], TERMS])
+def test_loss_is_the_weighted_sum_of_cross_entropy_and_terms(terms):
+    teacher, student, objective = make(*terms, ce_weight=0.3)
+    calls = []
+    for net in (student, objective.teacher):
+        net.register_forward_hook(lambda net, inputs, output: calls.append(net))
     loss, logits = objective(student, IMAGES, LABELS)
+    assert calls.count(student) == calls.count(objective.teacher) == 1, (
+        "each network once, whatever the number of terms"
+    )
     own, theirs = student(IMAGES, return_features=True), teacher(IMAGES, return_features=True)
-    pairs = {
-        "logits": [(own[0], theirs[0])],
-        "feature": [(own[1], theirs[1])],
-        "stages": list(zip(own[2], theirs[2], strict=True)),
-    }[on]
-    expected = nn.functional.cross_entropy(own[0], LABELS) + 0.5 * sum(((a - b) ** 2).mean() for a, b in pairs)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    pairs = {"logits": [(own[0], theirs[0])], "feature": [(own[1], theirs[1])]}
+    pairs["stages"] = list(zip(own[2], theirs[2], strict=True))
+    expected = 0.3 * nn.functional.cross_entropy(own[0], LABELS)
+    for term in map(parse_term, terms):
+        expected = expected + term.weight * sum(term.make_loss()(a, b, LABELS) for a, b in pairs[term.on])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)  # the teacher has its BatchNorm folded
     assert torch.equal(logits, own[0])
+
+
+def test_a_teacher_may_see_its_images_normalised_in_another_way():
+    teacher, _, objective = make("logits:MSE", teacher_input=lambda x: 2 * x + 1)
+    torch.testing.assert_close(objective.teacher_features(IMAGES)["logits"][0], teacher(2 * IMAGES + 1))
+
+
+def with_statistics(net):
+    """The network with running statistics that are not those of a new one."""
+    torch.manual_seed(0)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return net.eval()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda: CifarResNet(20), lambda: models.build("vgg11_bn"), lambda: models.build_torchvision("resnet18", 5)],
+)
+def test_a_teacher_without_batchnorm_has_the_same_outputs(build):
+    net = with_statistics(build())
+    prepared = prepare_teacher(net)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in prepared.modules())
+    images = torch.randn(40, 3, 32, 32)
+    with torch.no_grad():
+        expected, found = (with_features(n)(images, return_features=True) for n in (net, prepared))
+        for a, b in zip([expected[0], *expected[2]], [found[0], *found[2]], strict=True):
+            assert (a - b).abs().max() < 1e-4 * max(1, a.abs().max())
+        student = build()
+        outputs = Distillation(net, student, images[:2], [parse_term("feature:MSE")]).teacher_features(images)
+    torch.testing.assert_close(outputs["feature"][0], expected[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_batchnorm_that_a_convolution_does_not_feed_alone_stays():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            x = self.conv(self.first(x))
+            return (x + self.second(x)).mean((2, 3))
+
+    net = with_statistics(Shared())
+    prepared = prepare_teacher(net)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in prepared.modules()) == 2
+    assert torch.equal(prepared(IMAGES), net(IMAGES))
 
 
 def test_the_teacher_is_frozen_and_in_eval_mode():
     torch.manual_seed(0)
     teacher, student = CifarResNet(8), CifarResNet(8)
     images = torch.randn(4, 3, 32, 32)
-    objective = Distillation(teacher, student, images)
-    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    before = copy.deepcopy(teacher.state_dict())
+    objective = Distillation(teacher, student, images, [parse_term("feature:MSE")])
+    own = copy.deepcopy(objective.teacher.state_dict())
     student.train()
     loss, _ = objective(student, images, LABELS)
     loss.backward()
-    assert not teacher.training
-    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
-    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    for net, state in ((teacher, before), (objective.teacher, own)):
+        assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
+    assert not any(module.training for module in objective.teacher.modules())
+    assert all(p.grad is None and not p.requires_grad for p in objective.teacher.parameters())
     assert all(p.grad is not None for p in student.parameters())
 
 
@@ -104,15 +137,22 @@ def test_making_an_objective_leaves_the_student_as_it_was():
     torch.manual_seed(0)
     student = CifarResNet(8).train()
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    Distillation(CifarResNet(8), student, torch.randn(4, 3, 32, 32))
+    Distillation(CifarResNet(8), student, torch.randn(4, 3, 32, 32), [parse_term("stages:MSE")])
     assert student.training
     assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
 
 
-@pytest.mark.parametrize(("on", "kinds"), [("feature", [nn.Linear]), ("stages", [nn.Identity, nn.Conv2d])])
-def test_different_widths_get_a_learned_linear_adapter(on, kinds):
-    _, student, objective = make(on, student=(5, 7))
-    assert [type(adapter) for adapter in objective.adapters] == kinds
+def test_outputs_of_different_width_get_a_learned_linear_map():
+    _, student, objective = make("feature:MSE", "stages:L1", "stages:AT", "logits:KL", student=(5, 7))
+    kinds = {name: [type(adapter) for adapter in maps] for name, maps in objective.adapters.items()}
+    assert kinds == {
+        "feature:MSE": [nn.Linear],
+        "stages:L1": [nn.Identity, nn.Conv2d],
+        "stages:AT": [nn.Identity, nn.Identity],
+        "logits:KL": [nn.Identity],
+    }
+    state = {name: tuple(value.shape) for name, value in objective.adapters.state_dict().items()}
+    assert state["feature:MSE.0.weight"] == (6, 7) and state["stages:L1.1.weight"] == (6, 7, 1, 1) and len(state) == 4
     loss, _ = objective(student, IMAGES, LABELS)
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in objective.adapters.parameters())
@@ -120,19 +160,38 @@ def test_different_widths_get_a_learned_linear_adapter(on, kinds):
 
 
 @pytest.mark.parametrize(
-    ("make_nets", "options", "pattern"),
+    ("teacher", "student", "term", "pattern"),
     [
-        (lambda: (TwoStages((5, 6), 10), TwoStages((5, 6), 9)), dict(on="logits"), "9 classes.*10"),
-        (
-            lambda: (TwoStages((5, 6), size=4), TwoStages((5, 6), size=2)),
-            dict(on="stages"),
-            r"stage 2.*\(2, 2\).*\(4, 4\)",
-        ),
+        (TwoStages((5, 6), 10), TwoStages((5, 6), 9), "logits:KL", "9 classes.*10"),
+        (TwoStages((5, 6), size=4), TwoStages((5, 6), size=2), "stages:MSE", r"\(6, 2, 2\).*\(6, 4, 4\)"),
+        (TwoStages((5, 6)), nn.Sequential(nn.Conv2d(3, 10, 8), nn.Flatten()), "feature:MSE", "unknown.*logits:KL"),
     ],
 )
-def test_networks_that_cannot_be_compared_are_refused(make_nets, options, pattern):
-    with pytest.raises(UserError, match=pattern):
-        Distillation(*make_nets(), IMAGES, **options)
+def test_networks_that_cannot_be_compared_are_refused(teacher, student, term, pattern):
+    with pytest.raises(UserError, match=pattern) as caught:
+        Distillation(teacher, student, IMAGES, [parse_term(term)])
+    assert "\n" not in str(caught.value)
+
+
+def test_features_of_torchvisions_networks_are_captured_and_compiled():
+    net, images = models.build_torchvision("resnet18", 5).eval(), torch.randn(2, 3, 64, 64)
+    wrapped = with_features(net)
+    with torch.no_grad():
+        expected = wrapped(images, return_features=True)
+        assert torch.equal(expected[0], net(images)) and torch.equal(net.fc(expected[1]), expected[0])
+        assert not wrapped.features and not wrapped.stages, "nothing is kept between two forward passes"
+        torch._dynamo.reset()
+        found = torch.compile(wrapped, backend="aot_eager", fullgraph=True)(images, return_features=True)
+    assert [tuple(s.shape[1:]) for s in expected[2]] == [(64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2)]
+    for a, b in zip([*expected[:2], *expected[2]], [*found[:2], *found[2]], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_any_network_can_be_compared_by_its_logits():
+    net, images = models.build_torchvision("squeezenet1_1", 5), torch.randn(2, 3, 64, 64)
+    other = models.build_torchvision("squeezenet1_1", 5)
+    loss, _ = Distillation(other, net, images, [parse_term("logits:KL")])(net, images, torch.tensor([0, 1]))
+    assert loss.isfinite()
 
 
 def test_share_classifier_copies_the_last_layer():
@@ -201,10 +260,10 @@ def test_a_distilled_run_with_adapters_resumes_exactly(train, teacher, monkeypat
     part = train(*flags, "--epochs", 1, "--save_path", "part")
     train(*flags, "--epochs", 2, "--resume", part / "checkpoint.wider.pth.tar")
     a, b = load(whole, "wider"), load(part, "wider")
-    assert a["adapters"]["0.weight"].shape == (64, 96)
-    assert torch.equal(a["adapters"]["0.weight"], b["adapters"]["0.weight"])
+    assert a["adapters"]["feature:MSE.0.weight"].shape == (64, 96)
+    assert torch.equal(a["adapters"]["feature:MSE.0.weight"], b["adapters"]["feature:MSE.0.weight"])
     assert all(torch.equal(a["state_dict"][name], b["state_dict"][name]) for name in a["state_dict"])
-    assert not any(name == "0.weight" for name in a["state_dict"])
+    assert not any("feature:MSE" in name for name in a["state_dict"])
 
 
 def test_no_teacher_is_a_stop_that_names_the_command(train):

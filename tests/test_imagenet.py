@@ -15,8 +15,6 @@ from data.image_files import MEAN, STD, BadImage, UnreadableFile, draw_part, ima
 from models import pretrained
 from utils.base.errors import UserError
 from utils.base.torchvision_import import import_torchvision
-from utils.train.distillation import Distillation
-from utils.train.observe import observe
 
 NAME = "checkpoint.resnet18.pth.tar"
 SIZE = 64
@@ -261,25 +259,3 @@ def test_archives_are_refused_with_the_command_that_unpacks_them(tmp_path):
 def test_a_folder_without_a_tree_is_named(tmp_path):
     with pytest.raises(UserError, match=f"no image tree at '{tmp_path}': expected {tmp_path}/train/<class>"):
         load_imagenet(tmp_path)
-
-
-# Distillation between torchvision's networks
-
-
-def test_features_and_stages_of_torchvisions_networks():
-    net, images = models.build_torchvision("resnet18", 5).eval(), torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        logits, (features,) = observe(net, images, "feature")
-        assert torch.equal(logits, net(images)) and torch.equal(net.fc(features), logits)
-        _, stages = observe(net, images, "stages")
-    assert [tuple(s.shape[1:]) for s in stages] == [(64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2)]
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
-
-
-def test_any_network_can_be_compared_by_its_logits():
-    net, images = models.build_torchvision("squeezenet1_1", 5), torch.randn(2, 3, 64, 64)
-    objective = Distillation(models.build_torchvision("squeezenet1_1", 5), net, images, on="logits")
-    loss, _ = objective(net, images, torch.tensor([0, 1]))
-    assert loss.isfinite()
-    with pytest.raises(UserError, match="no linear layer; use --kd_on logits"):
-        observe(net, images, "feature")

@@ -138,9 +138,9 @@ class FastObjective:
         self.amp = how.amp
         self.forward = net
         if how.compile:
-            self.forward = CompiledForward(net, fewest_compiled(largest))
+            self.forward = CompiledForward(getattr(objective, "student", net), fewest_compiled(largest))
             if isinstance(objective, Distillation):
-                objective.ask_teacher = CompiledForward(objective.teacher, fewest_compiled(largest))
+                objective.teacher_forward = CompiledForward(objective.teacher, fewest_compiled(largest))
 
     @property
     def adapters(self) -> nn.Module | None:

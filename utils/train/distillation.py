@@ -1,70 +1,47 @@
 """Knowledge distillation: a trained teacher guides the student while it is trained and pruned.
 
-loss = cross-entropy + kd_weight * distance(student, teacher), the distance taken between penultimate features
-(the release), between the outputs of the stages, or between logits (Hinton, Vinyals, Dean, 2015, for KL).
+loss = ce_weight * cross-entropy + sum over the terms of weight * loss(student, teacher); terms: utils.train.losses.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from utils.base.errors import UserError
+from utils.train.features import last_linear, with_features
+from utils.train.losses import KD_ON, LOSSES, Term, check_terms  # noqa: F401 (for options.py)
 from utils.train.objective import at_least_float32
-from utils.train.observe import last_linear, observe
 
-KD_ON = ("feature", "stages", "logits")
-
-
-class KLLoss(nn.Module):
-    """T^2 * KL(softmax(teacher/T) || softmax(student/T)), a mean over the mini-batch (Hinton et al., 2015, section 2.1).
-
-    Args:
-        temperature: T > 0. T^2 keeps the size of the gradient when T changes.
-
-    Shapes: logits (B, classes) twice, to a scalar.
-    """
-
-    def __init__(self, temperature: float = 4.0):
-        super().__init__()
-        self.temperature = temperature
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        log_student = F.log_softmax(student / self.temperature, dim=1)
-        log_teacher = F.log_softmax(teacher / self.temperature, dim=1)
-        return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * self.temperature**2
-
-
-# Each takes (student, teacher) of one shape; the first three are means over all entries, as in the release.
-LOSSES: dict[str, Callable[[float], nn.Module]] = {
-    "MSE": lambda temperature: nn.MSELoss(),
-    "L1": lambda temperature: nn.L1Loss(),
-    "SmoothL1": lambda temperature: nn.SmoothL1Loss(),
-    "KL": KLLoss,
-}
+# The activations of 32 images of 32x32 stay in the cache of a CPU core: a CIFAR ResNet's forward pass took 8 % less time.
+# Networks with more weights in a convolution are faster undivided.
+CACHED_PIXELS, CACHED_WEIGHTS = 32 * 32 * 32, 1 << 16
 
 
 class Distillation:
     """The objective of a distilled run; see utils.train.objective for how it is called.
 
     Args:
-        teacher: a trained network; it is frozen and set to eval mode here, and stays so.
+        teacher: a trained network. It is left as it is; a frozen copy in eval mode is used, see prepare_teacher.
         student: the network that will be trained, for the widths of its features.
         images: a few images, float32 (B, C, H, W), on the device of both networks.
-        on: "feature" (penultimate features), "stages" (outputs of the stages), or "logits".
-        loss: a name of LOSSES; KL compares logits only.
-        weight: of the distance against the cross-entropy.
-        temperature: of KL.
+        terms: what is compared, and how.
+        ce_weight: weight of the cross-entropy.
+        teacher_input: makes the teacher's input from the student's, where their images are normalised differently.
 
     Attributes:
-        adapters: a learned linear map per compared pair of different width (1x1 convolution for stages), from the student's
-            width to the teacher's. Trained and saved, no part of the student.
+        adapters: by the term's name a map for each compared pair: learned and linear (a 1x1 convolution for stages) from
+            the student's width to the teacher's, the identity where they are equal. Trained and saved, no part of the student.
+        student, teacher: networks that take return_features (utils.train.features), to be compiled if anything is.
+        teacher_forward: the teacher's forward pass, or a compiled one.
 
     Raises:
         UserError: the two networks cannot be compared in this way.
@@ -75,69 +52,109 @@ class Distillation:
         teacher: nn.Module,
         student: nn.Module,
         images: Tensor,
+        terms: Sequence[Term] = (),
         *,
+        ce_weight: float = 1.0,
+        teacher_input: Callable[[Tensor], Tensor] | None = None,
         on: str = "feature",
         loss: str = "MSE",
         weight: float = 1.0,
         temperature: float = 4.0,
     ):
-        if loss == "KL" and on != "logits":
-            raise UserError(
-                f"--loss KL compares logits, got --kd_on {on}; use --kd_on logits, or --loss MSE, L1 or SmoothL1"
-            )
-        self.teacher = teacher.requires_grad_(False).eval()
-        self.ask_teacher: Callable = self.teacher
-        self.on = on
-        self.weight = weight
-        self.distance = LOSSES[loss](temperature)
-        self.adapters = self._make_adapters(student, images)
+        self.terms = list(terms) or [Term(on, loss, weight, {"T": temperature} if loss == "KL" else {})]
+        check_terms(self.terms)
+        self.losses = [term.make_loss() for term in self.terms]
+        self.compared = {"logits", *(term.on for term in self.terms)}
+        self.ce_weight = ce_weight
+        self.teacher_input = teacher_input
+        self._net = student
+        prepared = prepare_teacher(teacher)
+        hands_out = with_features if len(self.compared) > 1 else lambda net: net
+        self.teacher, self.student = hands_out(prepared), hands_out(student)
+        self.teacher_forward: Callable = self.teacher
+        largest = max((p.numel() for p in prepared.parameters() if p.dim() == 4), default=0)
+        self.divides = images.device.type == "cpu" and largest <= CACHED_WEIGHTS
+        self.adapters = self._make_adapters(images)
 
     def __call__(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy plus the weighted distance, and the student's logits (B, classes)."""
-        guides = self.guides(images)
-        logits, observed = observe(net, images, self.on)
-        followers = [adapter(x) for adapter, x in zip(self.adapters, observed, strict=True)]
-        # Under autocast too: the squares of features overflow half precision, and bfloat16 keeps 8 bits of them.
-        distances = [
-            self.distance(at_least_float32(x), at_least_float32(guide))
-            for x, guide in zip(followers, guides, strict=True)
-        ]
-        logits = at_least_float32(logits)
-        return F.cross_entropy(logits, labels) + self.weight * sum(distances), logits
+        """The weighted sum, and the student's logits (B, classes). `net` is the student, or its compiled forward pass."""
+        teacher = self.teacher_features(images)
+        student = self._outputs(self.student if net is self._net else net, images)
+        logits = at_least_float32(student["logits"][0])
+        total = self.ce_weight * F.cross_entropy(logits, labels)
+        for term, loss in zip(self.terms, self.losses, strict=True):
+            for adapter, ours, theirs in zip(self.adapters[term.name], student[term.on], teacher[term.on], strict=True):
+                # Under autocast too: the squares of features overflow half precision, and bfloat16 keeps 8 bits of them.
+                distance = loss(at_least_float32(adapter(ours)), at_least_float32(theirs), labels)
+                total = total + term.weight * distance
+        return total, logits
 
     @torch.no_grad()
-    def guides(self, images: Tensor) -> list[Tensor]:
-        """What the teacher says of the images, to be compared with the student."""
-        return observe(self.ask_teacher, images, self.on)[1]
+    def teacher_features(self, images: Tensor) -> dict[str, list[Tensor]]:
+        """The teacher's outputs for the student's images, by the names of KD_ON."""
+        images = self.teacher_input(images) if self.teacher_input else images
+        if not self.divides or self.teacher_forward is not self.teacher:
+            return self._outputs(self.teacher_forward, images)
+        size = max(1, torch.get_num_threads() * CACHED_PIXELS // images[0, 0].numel())
+        parts = [self._outputs(self.teacher, part) for part in images.split(size)]
+        return {on: [torch.cat(x) for x in zip(*(part[on] for part in parts), strict=True)] for on in self.compared}
+
+    def _outputs(self, forward: Callable, images: Tensor) -> dict[str, list[Tensor]]:
+        if len(self.compared) == 1:
+            return {"logits": [forward(images)]}
+        logits, features, stages = forward(images, return_features=True)
+        outputs = {"logits": [logits], "feature": [] if features is None else [features], "stages": list(stages)}
+        return {on: outputs[on] for on in self.compared}
 
     @torch.no_grad()
-    def _make_adapters(self, student: nn.Module, images: Tensor) -> nn.ModuleList:
-        was_training = student.training
-        student.eval()
-        followers = observe(student, images, self.on)[1]
-        student.train(was_training)
-        guides = self.guides(images)
-        if len(followers) != len(guides):
-            raise UserError(
-                f"--kd_on {self.on}: the student has {len(followers)} stages, the teacher {len(guides)}; use --kd_on feature or logits"
-            )
-        adapters = nn.ModuleList()
-        for number, (follower, guide) in enumerate(zip(followers, guides, strict=True), start=1):
-            if follower.shape[2:] != guide.shape[2:]:
+    def _make_adapters(self, images: Tensor) -> nn.ModuleDict:
+        was_training = self._net.training
+        student = self._outputs(self.student.eval(), images)
+        self.student.train(was_training)
+        teacher = self.teacher_features(images)
+        adapters = nn.ModuleDict()
+        for term, loss in zip(self.terms, self.losses, strict=True):
+            shapes = [[tuple(x.shape[1:]) for x in outputs[term.on]] for outputs in (student, teacher)]
+            rank = 3 if term.on == "stages" else 1
+            if not shapes[0] or [s[1:] for s in shapes[0]] != [s[1:] for s in shapes[1]] or len(shapes[0][0]) != rank:
                 raise UserError(
-                    f"--kd_on {self.on}: stage {number} of the student is {tuple(follower.shape[2:])} pixels, of the teacher "
-                    f"{tuple(guide.shape[2:])}; use --kd_on feature or logits"
+                    f"--kd {term}: cannot be compared, the student's {term.on} have shapes {shapes[0] or 'unknown'}, "
+                    f"the teacher's {shapes[1] or 'unknown'}; use --kd logits:KL"
                 )
-            widths = follower.shape[1], guide.shape[1]
-            if widths[0] == widths[1]:
-                adapters.append(nn.Identity())
-            elif self.on == "logits":
-                raise UserError(
-                    f"the student has {widths[0]} classes, the teacher {widths[1]}; use a teacher of the same data set"
-                )
-            else:
-                adapters.append(nn.Linear(*widths) if follower.dim() == 2 else nn.Conv2d(*widths, 1))
+            pairs = [(ours[0], theirs[0]) for ours, theirs in zip(*shapes, strict=True)]
+            if term.on == "logits" and pairs[0][0] != pairs[0][1]:
+                classes = "the student has {} classes, the teacher {}".format(*pairs[0])
+                raise UserError(f"{classes}; use a teacher of the same data set")
+            linear = nn.Linear if rank == 1 else lambda ours, theirs: nn.Conv2d(ours, theirs, 1)
+            equal = [ours == theirs or not getattr(loss, "same_width", True) for ours, theirs in pairs]
+            maps = [nn.Identity() if same else linear(*pair) for same, pair in zip(equal, pairs, strict=True)]
+            adapters[term.name] = nn.ModuleList(maps)
         return adapters.to(images.device)
+
+
+def prepare_teacher(teacher: nn.Module) -> nn.Module:
+    """A frozen copy in eval mode and channels_last layout, BatchNorm folded into the convolutions before it.
+
+    Logits, features and stage outputs are the same but for rounding. A network that torch.fx cannot trace keeps its BatchNorm.
+    """
+    teacher = copy.deepcopy(teacher).requires_grad_(False).eval()
+    try:
+        graph = fx.Tracer().trace(teacher)
+    except Exception:  # of any kind: what a network does with a stand-in for its input is not known
+        return teacher.to(memory_format=torch.channels_last)
+    modules = dict(teacher.named_modules())
+    calls = [node.target for node in graph.nodes if node.op == "call_module"]
+    for node in graph.nodes:
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
+            continue
+        conv, bn = modules[before.target], modules[node.target]
+        called_once = calls.count(node.target) == calls.count(before.target) == 1
+        if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d) and bn.track_running_stats and called_once:
+            for name, module in ((before.target, fuse_conv_bn_eval(conv, bn)), (node.target, nn.Identity())):
+                parent, _, last = name.rpartition(".")
+                setattr(teacher.get_submodule(parent), last, module)
+    return teacher.to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -145,12 +162,13 @@ def share_classifier(teacher: nn.Module, student: nn.Module) -> None:
     """Copies the teacher's last linear layer into the student's, as the release did by hand; both train on from there.
 
     Raises:
-        UserError: the layers differ in shape.
+        UserError: the layers differ in shape, or there are none.
     """
     source, target = last_linear(teacher), last_linear(student)
-    if source.weight.shape != target.weight.shape:
+    shapes = ["none" if layer is None else tuple(layer.weight.shape) for layer in (source, target)]
+    if shapes[0] != shapes[1] or source is None:
         raise UserError(
-            f"--share_classifier: the teacher's last layer is {tuple(source.weight.shape)}, the student's {tuple(target.weight.shape)}; "
+            f"--share_classifier: the teacher's last linear layer is {shapes[0]}, the student's {shapes[1]}; "
             "leave --share_classifier out, or choose networks of the same width"
         )
     target.load_state_dict(source.state_dict())
