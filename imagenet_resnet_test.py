@@ -1,9 +1,10 @@
 """Trains and prunes torchvision's networks on ImageNet with AHSG-HT.
 
-    python imagenet_resnet_test.py DATA -a resnet50                                  # prune ResNet-50: 30 % of the filters, 100 epochs
-    python imagenet_resnet_test.py DATA -a resnet50 --use_pretrain --lr 0.01         # from torchvision's weights (or --use_pretrain FILE)
-    python imagenet_resnet_test.py DATA -a resnet34 --recipe baseline                # the unpruned network, plain SGD
+    python imagenet_resnet_test.py DATA -a resnet50                            # prune 30 % of the filters, 100 epochs
+    python imagenet_resnet_test.py DATA -a resnet50 --use_pretrain --lr 0.01   # from torchvision's weights, or a file's
+    python imagenet_resnet_test.py DATA -a resnet34 --recipe baseline          # the unpruned network, plain SGD
     python imagenet_resnet_test.py DATA -a resnet50 --arch_small resnet18 --teacher resnet50.pth    # prune and distil
+    python imagenet_resnet_test.py DATA -a resnet18 --image_size 64 --recipe prune_gradual --macs_cut 0.45
     python imagenet_resnet_test.py --resume runs/.../checkpoint.resnet50.pth.tar
     python imagenet_resnet_test.py DATA -a resnet50 -e --resume best.resnet50.pth.tar
     torchrun --nproc_per_node 4 imagenet_resnet_test.py DATA -a resnet50             # on the four GPUs of a machine
@@ -14,7 +15,7 @@ DATA holds train/<class>/* and val/<class>/*. Everything a run leaves behind is 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    # Ctrl-C in the seconds that torch takes to be imported ends the process quietly; run_main takes over from there.
+    # Ctrl-C in the seconds that torch takes to be imported ends the process quietly; run_main handles it from there on.
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -29,85 +30,58 @@ from torch import nn
 
 import data
 import models
-from data.image_files import ON_BAD_IMAGE
 from models.pretrained import load_pretrained
+from utils.base.arguments import OneLineParser
 from utils.base.errors import UserError, run_main
+from utils.tables.comparison_line import comparison_line
+from utils.train import options, setup
 from utils.train.device import usable_cores
-from utils.train.distributed import copy_from_first, from_first, local_world_size, on_all, process_group
-from utils.train.experiment import Experiment, choose_start, load_teacher, prepare_process
-from utils.train.options import OneLineParser, add_training_options, number, path_name, resolve_recipe
-from utils.train.recipes import IMAGENET_RECIPES
-from utils.train.resume import Start, adopt_settings
+from utils.train.distributed import (
+    copy_from_first,
+    first_on_machine,
+    from_first,
+    local_world_size,
+    on_all,
+    process_group,
+    synchronise_batchnorm,
+)
+from utils.train.resume import choose_start
+from utils.train.trainer import Trainer
 
 SCRIPT = "imagenet_resnet_test.py"
-# What --use_pretrain without a file means.
-TORCHVISION = "torchvision"
-# Worker processes that one process starts by itself at most.
-MOST_WORKERS = 16
+ARCH = "resnet50"
 # Networks that are for larger images than the others' 224.
 SIZES = {"inception_v3": 299}
 
-image_size = number(int, lambda n: 32 <= n <= 1024, "a whole number in 32..1024")
-
 
 def parser() -> OneLineParser:
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("data_path", nargs="?", help="folder with train/<class>/ and val/<class>/")
-    group = parser.add_argument_group("data and network")
-    group.add_argument(
-        "--arch", "-a", default="resnet50", metavar="ARCH", help="any classification network of torchvision (resnet50)"
-    )
-    group.add_argument(
-        "--use_pretrain",
-        nargs="?",
-        const=TORCHVISION,
-        type=path_name,
-        metavar="FILE",
-        help="start from the weights in FILE, or without FILE from torchvision's, which are downloaded",
-    )
-    group.add_argument("--image_size", type=image_size, help="height and width of the images (224; inception_v3 299)")
-    group.add_argument(
-        "--on_bad_image", choices=ON_BAD_IMAGE, default="skip", help="what an image that cannot be read does (skip)"
-    )
-    add_training_options(parser, IMAGENET_RECIPES)
-    parser.set_defaults(workers=None)
-    return parser
+    return options.make_parser("imagenet", __doc__, ARCH, "any classification network of torchvision")
 
 
-def settle(args: argparse.Namespace, given: set[str], checkpoint: dict | None = None) -> argparse.Namespace:
-    """The settings of a run, from its command line, the checkpoint that it resumes, and its recipe."""
-    if args.data_path is None and args.use_pretrain and os.path.isdir(args.use_pretrain):
+def settings(given: dict, adopted: dict) -> argparse.Namespace:
+    """The settings of a run, from its command line and the checkpoint that it resumes.
+
+    Raises:
+        UserError: no data path, an unknown network, or options that contradict each other.
+    """
+    pretrain = given.get("use_pretrain")
+    if "data_path" not in given and pretrain and os.path.isdir(pretrain):
         # `--use_pretrain DATA`, as soft filter pruning's script takes it: the folder is the data.
-        args.data_path, args.use_pretrain = args.use_pretrain, TORCHVISION
-        given = given | {"data_path"}
-    adopt_settings(args, given, checkpoint)
-    args.dataset = "imagenet"
+        given = {**given, "data_path": pretrain, "use_pretrain": "torchvision"}
+    args = options.resolve(given, adopted, family="imagenet", arch=ARCH)
     if not isinstance(args.data_path, str):
         raise UserError(f"name the folder of the images: python {SCRIPT} DATA")
-    resolve_recipe(args, given, IMAGENET_RECIPES)
-    # The network that is trained; --arch names the teacher when there is an --arch_small.
-    args.student = args.arch_small or args.arch
     for arch in (args.arch, args.student):
         models.check_torchvision_arch(arch)
-    for name in ("head_width", "widths_of"):
-        if getattr(args, name):
-            raise UserError(f"--{name} is for cifar10_resnet_test.py; leave it out")
-    args.image_size = image_size(str(args.image_size or SIZES.get(args.student, 224)))
+    args.image_size = args.image_size or SIZES.get(args.student, 224)
     if args.workers is None:
-        args.workers = min(MOST_WORKERS, usable_cores() // local_world_size())
+        args.workers = usable_cores() // local_world_size()
     return args
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The settings of a command line by itself."""
-    return settle(*parser().parse_given(argv))
-
-
-def teacher_command(args: argparse.Namespace, arch: str | None) -> list[str]:
-    """The command line that trains a teacher, less its recipe."""
-    return ["python", SCRIPT, args.data_path, "-a", arch or "resnet50"]
+    return settings(options.parse(parser(), argv), {})
 
 
 def load_images(args: argparse.Namespace) -> data.Data:
@@ -117,50 +91,78 @@ def load_images(args: argparse.Namespace) -> data.Data:
     )
 
 
-def build_network(args: argparse.Namespace, num_classes: int, checkpoint: dict | None) -> nn.Module:
-    """The network that is trained; with a checkpoint one of its shape, which may be narrower than its name says."""
+def build_network(args: argparse.Namespace, images: data.Data, checkpoint: dict | None) -> nn.Module:
+    """The network that is trained; with a checkpoint one of its shapes, which may be narrower than its name tells."""
     if checkpoint is None:
-        net = models.build_torchvision(args.student, num_classes)
+        net = models.build_torchvision(args.student, len(images.classes))
     else:
         net = models.build_like({"library": "torchvision", **checkpoint}, args.student, args.resume)
+    size = f"{args.image_size}x{args.image_size}"
     try:
         with torch.no_grad():
             classes = net.eval()(torch.zeros(2, 3, args.image_size, args.image_size)).shape[1]
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(
-            f"{args.student} does not take images of {args.image_size}x{args.image_size} ({error})"
-        ) from None
-    if classes != num_classes:
-        raise UserError(
-            f"'{args.resume}' tells {classes} classes apart, the data has {num_classes}; name the data it was trained on"
-        )
+        raise UserError(f"{args.student} does not take images of {size} ({error}); use another --image_size") from None
+    if classes != len(images.classes):
+        found = f"'{args.resume}' has {classes} classes, the data has {len(images.classes)}"
+        raise UserError(f"{found}; name the data it was trained on")
     return net
 
 
-def start_from_trained(net: nn.Module, args: argparse.Namespace, start: Start) -> dict:
-    """Loads the weights of --use_pretrain into a network that starts anew; what results.json says of them."""
-    if not args.use_pretrain or start.checkpoint:
-        return {}
-    file = None if args.use_pretrain == TORCHVISION else args.use_pretrain
+def load_trained(net: nn.Module, args: argparse.Namespace) -> str | None:
+    """Loads the weights of --use_pretrain into a new network; where they came from, None without."""
+    if not args.use_pretrain or args.resume:
+        return None
+    file = None if args.use_pretrain == "torchvision" else args.use_pretrain
     source = from_first(lambda: load_pretrained(net, args.student, file))
     copy_from_first(net)
-    return {"pretrained": source}
+    return source
 
 
 def main(argv: list[str] | None = None) -> Path | None:
     """Runs the command line (the process's own by default); returns the run's folder, None after --evaluate."""
+    # Settings.
     argv = sys.argv[1:] if argv is None else argv
-    args, given = parser().parse_given(argv)
-    with process_group(args.ngpu, args.dist_timeout) as device:
-        args, start = from_first(lambda: choose_start(args, given, settle))
-        teacher = on_all(lambda: load_teacher(args, lambda arch: teacher_command(args, arch)))
-        prepare_process(args)
-        images = on_all(lambda: load_images(args))
-        net = on_all(lambda: build_network(args, len(images.classes), start.checkpoint))
-        facts = start_from_trained(net, args, start)
+    given = options.parse(parser(), argv)
+    with process_group(given) as device:
+        args, start = from_first(lambda: choose_start(given, parser(), settings, ARCH))
+        args.started_from = start.origin(args.resume)
+        teacher = on_all(lambda: setup.load_teacher(args, setup.command_of_teacher(SCRIPT, args)))
+        setup.prepare_process(args)
+
+        # Data.
+        images = first_on_machine(lambda: load_images(args))
+
+        # Networks and teacher.
+        net = on_all(lambda: build_network(args, images, start.checkpoint))
+        source = load_trained(net, args)
         net.to(device, memory_format=torch.channels_last)
+        if args.sync_bn:
+            net = on_all(lambda: synchronise_batchnorm(net, device))
+        if args.evaluate:
+            weights = start.checkpoint["state_dict"] if start.checkpoint else None
+            setup.test_only(net, images, args, device, weights, args.resume or source)
+            return None
+        train_loader = on_all(lambda: setup.build_train_loader(images, args, device))
+        test_loader = setup.build_test_loader(images, args, device)
+        objective, facts = setup.build_objective(teacher, net, images, test_loader, args, device)
+        facts |= {"pretrained": source} if source else {}
         network_facts = {"library": "torchvision", "input_shape": [3, args.image_size, args.image_size]}
-        return Experiment(SCRIPT, argv, args, start, images, net, teacher, device, network_facts, facts).run()
+
+        # Optimizer.
+        optimizer = setup.build_optimizer(net, getattr(objective, "adapters", None), args)
+
+        # Train, then cut out the small network.
+        trainer = Trainer(
+            SCRIPT, argv, args, start, images, net, optimizer, objective, train_loader, test_loader, device,
+            network_facts=network_facts, facts=facts,
+        )  # fmt: skip
+        with on_all(lambda: setup.open_folder(args, start)) as run:
+            trainer.train(run)
+            results = trainer.finish()
+            if results:
+                run.log(comparison_line(results))
+        return start.folder
 
 
 if __name__ == "__main__":

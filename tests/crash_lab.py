@@ -26,15 +26,15 @@ FLAGS = ["--arch", "resnet8_dropout", "--batch_size", "16", "--k", "24", "--epoc
 FLAGS += ["--save_every", "2", "--save_path", "out"]
 # What a run may be doing, and the function that does it.
 POINTS = {
-    "step": ("utils.train.engine", "train_step"),
+    "step": ("utils.train.trainer", "train_step"),
     "evaluation": ("utils.train.trainer", "evaluate"),
-    "test batch": ("utils.train.trainer", "Training._stop_while_testing"),
+    "test batch": ("utils.train.trainer", "Trainer._stop_while_testing"),
     "save": ("utils.base.checkpoint", "write"),
     "fsync": ("os", "fsync"),
     "link": ("os", "link"),
     "rename": ("os", "replace"),
-    "small network": ("utils.train.trainer", "make_small"),
-    "curves": ("utils.train.trainer", "draw_curves"),
+    "small network": ("utils.train.report", "make_small"),
+    "curves": ("utils.train.report", "draw_curves"),
     "log line": ("utils.train.run_folder", "append_line"),
 }
 
@@ -96,7 +96,7 @@ def same(a, b) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict) and isinstance(b, dict):
-        skipped = ("images_per_s", "seconds", "settings")
+        skipped = ("images_per_s", "seconds", "settings", "pieces")
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key not in skipped)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))

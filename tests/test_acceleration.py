@@ -17,6 +17,8 @@ from utils.small.cut import make_small
 from utils.train import acceleration
 from utils.train.acceleration import Acceleration, CompiledForward, accelerate, choose_acceleration, why_no_bf16
 from utils.train.distillation import Distillation
+from utils.train.engine import evaluate
+from utils.train.losses import parse_term
 from utils.train.objective import cross_entropy
 
 CPU = torch.device("cpu")
@@ -44,7 +46,7 @@ def tiny_network():
 
 
 def options(**given):
-    return argparse.Namespace(**({"amp": None, "compile": False, "deterministic": False} | given))
+    return argparse.Namespace(**({"amp": None, "compile": False, "deterministic": False, "tf32": False} | given))
 
 
 # ---- what is chosen ---------------------------------------------------------------------------------------------------
@@ -112,6 +114,31 @@ def test_deterministic_runs_are_equal_and_say_so(train):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.fixture
+def tf32_switches():
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = True
+    yield switches
+    for switch, value in zip(switches, before, strict=True):
+        switch.allow_tf32 = value
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_is_an_arithmetic_of_its_own_and_never_that_of_tests(tf32, monkeypatch, tf32_switches):
+    """cuDNN's convolutions compute in TF32 by default: off without --tf32, and in every test pass."""
+    switches = tf32_switches
+    monkeypatch.setattr(acceleration, "why_no_bf16", lambda device: None)
+    chosen = choose_acceleration(options(amp=False, tf32=tf32), torch.device("cuda"))
+    assert chosen.arithmetic == ("TF32" if tf32 else "float32") and chosen.arithmetic in str(chosen)
+    seen = []
+    net = nn.Sequential(nn.Flatten(), nn.Linear(2, 3))
+    net.register_forward_hook(lambda *_: seen.append([switch.allow_tf32 for switch in switches]))
+    evaluate(net, [(torch.zeros(4, 2, 1, 1), torch.zeros(4, dtype=torch.int64))], CPU)
+    assert seen == [[False, False]] and [switch.allow_tf32 for switch in switches] == [tf32, tf32]
+
+
 # ---- bfloat16 ---------------------------------------------------------------------------------------------------------
 
 
@@ -141,10 +168,10 @@ def test_under_amp_the_cross_entropy_is_that_of_the_logits_in_float32():
     assert torch.equal(logits, logits.bfloat16().float()), "the logits were computed in bfloat16"
 
 
-@pytest.mark.parametrize("on, loss", [("feature", "MSE"), ("stages", "SmoothL1"), ("logits", "KL"), ("logits", "L1")])
-def test_under_amp_distances_are_taken_in_float32(on, loss):
+@pytest.mark.parametrize("term", ["feature:MSE", "stages:SmoothL1", "logits:KL", "logits:L1"])
+def test_under_amp_distances_are_taken_in_float32(term):
     net, (images, labels) = network(), batch()
-    distillation = Distillation(network(seed=1), net, images, on=on, loss=loss)
+    distillation = Distillation(network(seed=1), net, images, [parse_term(term)])
     inputs, distance = [], distillation.losses[0]
     distillation.losses[0] = lambda *pair: (inputs.extend(pair[:2]), distance(*pair))[1]
     value, _ = accelerate(net, distillation, CPU, AMP, 8)(net, images, labels)
@@ -234,7 +261,7 @@ def test_a_growing_mini_batch_compiles_once(graphs, traced_only, make):
 
 def test_a_growing_mini_batch_compiles_once_with_a_teacher(graphs, traced_only):
     net = network()
-    distillation = Distillation(network(seed=1), net, batch()[0])
+    distillation = Distillation(network(seed=1), net, batch()[0], [parse_term("feature:MSE")])
     objective = accelerate(net, distillation, CPU, Acceleration(compile=True), 32)
     train_on(net, objective)
     assert graphs() == 2, "one of the student, one of the teacher"

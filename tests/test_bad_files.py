@@ -143,7 +143,7 @@ def test_auto_with_nothing_but_damage_is_refused(train):
     for file in folder.glob("*.pth.tar"):
         file.write_bytes(b"PK\x03\x04")
     before = sorted(folder.iterdir())
-    with pytest.raises(UserError, match="none in 'out' can be read"):
+    with pytest.raises(UserError, match="'out' has no checkpoint that can be read"):
         train("--epochs", 2, "--save_path", "out", "--resume", "auto")
     assert sorted(folder.iterdir()) == before
 

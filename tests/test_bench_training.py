@@ -35,7 +35,7 @@ def test_both_loops_take_the_same_steps():
     recipe = HT_RECIPE | {"lr": 0.05}
     fast, means = AHSG_HT(ours.parameters(), **recipe), RunningMeans(CPU)
     for t, (x, y) in enumerate(batches):
-        train_step(ours, x, y, cross_entropy, fast, means, t=t, sizes=sizes, epoch=0)
+        train_step(cross_entropy, ours, x, y, fast, means, device=CPU, size=sizes[t])
     loop = PerFilterLoop(list(theirs.parameters()), **recipe)
     expected = train_epoch_original(theirs, batches, cross_entropy, loop, CPU)
     found = means.read()

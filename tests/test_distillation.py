@@ -65,9 +65,13 @@ def test_loss_is_the_weighted_sum_of_cross_entropy_and_terms(terms):
     assert torch.equal(logits, own[0])
 
 
-def test_a_teacher_may_see_its_images_normalised_in_another_way():
-    teacher, _, objective = make("logits:MSE", teacher_input=lambda x: 2 * x + 1)
-    torch.testing.assert_close(objective.teacher_features(IMAGES)["logits"][0], teacher(2 * IMAGES + 1))
+def test_a_teacher_sees_images_in_its_own_normalisation():
+    teacher, student = TwoStages((5, 6)), TwoStages((5, 6))
+    own, fed = dict(mean=[0.1] * 3, std=[0.2] * 3), dict(mean=[0.4] * 3, std=[0.5] * 3)
+    pixels = IMAGES.sigmoid()
+    expected = teacher((pixels - 0.1) / 0.2)
+    objective = Distillation(models.renormalise(teacher, own, fed), student, IMAGES, [parse_term("logits:MSE")])
+    torch.testing.assert_close(objective.teacher_features((pixels - 0.4) / 0.5)["logits"][0], expected)
 
 
 def with_statistics(net):
@@ -113,7 +117,7 @@ def test_a_batchnorm_that_a_convolution_does_not_feed_alone_stays():
     net = with_statistics(Shared())
     prepared = prepare_teacher(net)
     assert sum(isinstance(module, nn.BatchNorm2d) for module in prepared.modules()) == 2
-    assert torch.equal(prepared(IMAGES), net(IMAGES))
+    torch.testing.assert_close(prepared(IMAGES), net(IMAGES))
 
 
 def test_the_teacher_is_frozen_and_in_eval_mode():

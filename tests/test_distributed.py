@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tiny import train_epoch
 from torch import nn
 
 from AHSG_HT import AHSG_HT
@@ -17,7 +18,8 @@ from utils.base.errors import UserError
 from utils.small.filters import kept_filters
 from utils.train import distributed, engine
 from utils.train.distillation import Distillation
-from utils.train.engine import evaluate, train_epoch
+from utils.train.engine import evaluate
+from utils.train.losses import parse_term
 from utils.train.objective import cross_entropy
 from utils.train.trainer import check_same_on_all_ranks
 
@@ -72,7 +74,7 @@ def train(make=NoNorm, *, teacher=False, max_images=None, epochs=range(4), befor
     net, objective = make(), cross_entropy
     groups, adapters = [{"params": list(net.parameters())}], nn.ModuleList()
     if teacher:
-        objective = Distillation(NoNorm(14), net, images(False).__getitems__([0, 1])[0])
+        objective = Distillation(NoNorm(14), net, images(False).__getitems__([0, 1])[0], [parse_term("feature:MSE")])
         adapters = objective.adapters
         groups += [{"params": list(adapters.parameters()), "HTrate": 1}]
     optimizer = make_optimizer(groups)
@@ -131,7 +133,7 @@ def one_rank(rank, port, folder):
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
     os.environ.update({name: str(value) for name, value in names.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with distributed.process_group(0, 60):
+    with distributed.process_group({"ngpu": 0, "dist_timeout": 60}):
         torch.manual_seed(rank)
         report = {"copied": CifarResNet(8)}
         distributed.copy_from_first(report["copied"])

@@ -9,7 +9,7 @@ import cifar10_resnet_test as script
 import models
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError, run_main
-from utils.train.experiment import build_optimizer
+from utils.train.setup import build_optimizer
 from utils.train.optimizer_state import restore_optimizer
 from utils.train.run_folder import RunFolder
 
@@ -75,11 +75,20 @@ def test_finetune_auto_without_such_a_run_is_refused(train):
         train("--recipe", "finetune", "--resume", "auto", "--batch_size", 16, "--k", 24)
 
 
-def test_auto_is_for_the_same_data_and_no_longer_runs(train, tree, tmp_path):
+def test_auto_tells_runs_by_their_content_not_by_paths(train, tree, tmp_path, teacher):
+    """The data may lie elsewhere (a scratch folder per job), and so may the teacher."""
     (tmp_path / "linked").symlink_to(tree)
-    first = train("--epochs", 2, "--resume", "auto")
-    assert train("--epochs", 2, "--resume", "auto", data=tmp_path / "linked") != first
-    assert train("--epochs", 1, "--resume", "auto") != first
+    first = train("--epochs", 1, "--resume", "auto", "--teacher", teacher)
+    (tmp_path / "copy.pth.tar").write_bytes(teacher.read_bytes())
+    again = ["--epochs", 2, "--resume", "auto", "--teacher", "./copy.pth.tar"]
+    assert train(*again, data=tmp_path / "linked") == first
+    assert train("--epochs", 1, "--resume", "auto", "--teacher", teacher) != first, "it is longer than this run"
+
+
+def test_auto_refuses_a_folder_of_another_run(train):
+    train("--epochs", 1, "--save_path", "out")
+    with pytest.raises(UserError, match="'out' holds another run.*head_width None -> 20"):
+        train("--epochs", 1, "--save_path", "out", "--resume", "auto", "--head_width", 20)
 
 
 def test_auto_finds_the_run_in_a_numbered_folder(train):
@@ -139,8 +148,7 @@ def test_momentum_takes_the_parameters_memory_layout(train, tmp_path):
         for name, value in state.items():
             state[name] = value.contiguous()
     torch.save(saved, folder / NAME)
-    args, given = script.parser().parse_given(["--k", "24", "--batch_size", "16"])
-    script.settle(args, given)
+    args = script.parse_args(["--k", "24", "--batch_size", "16"])
     net = models.build("resnet8").to(memory_format=torch.channels_last)
     optimizer = build_optimizer(net, None, args)
     restore_optimizer(optimizer, checkpoints.read(folder / NAME)["optimizer"], "file")
@@ -167,9 +175,11 @@ def test_an_empty_path_is_a_mistake(train, flag):
         (["--recipe", "baseline", "--teacher", "x"], "use --recipe distill"),
         (["--recipe", "baseline", "--v", "0.5"], "plain SGD"),
         (["--share_classifier"], "needs a teacher"),
-        (["--kd_on", "stages"], "needs a teacher"),
+        (["--kd", "stages:MSE"], "needs a teacher"),
+        (["--macs_cut", "0.5"], "--macs_cut is for --recipe prune_gradual"),
+        (["--recipe", "prune_gradual", "--macs_cut", "0.5", "--HTrate", "0.7"], "exclude each other"),
+        (["--recipe", "prune_gradual", "--prune_begin", "0.7"], "comes after"),
         (["--heavy_ball", "released", "--threshold_every", "epoch"], "every step"),
-        (["--loss", "KL", "--kd_on", "feature", "--teacher", "x"], "KL compares logits"),
     ],
 )
 def test_flags_that_contradict_each_other(flags, pattern):

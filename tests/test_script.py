@@ -17,10 +17,10 @@ import cifar10_resnet_test as script
 import data
 from utils.base.errors import UserError
 from utils.small.filters import kept_filters
-from utils.train import experiment
+from utils.train import setup
 from utils.train.engine import evaluate
 from utils.train.recipes import fit_schedule, learning_rate_at
-from utils.train.trainer import Training
+from utils.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESNET8_FILTERS = [16, 16, 16, 32, 32, 64, 64]
@@ -111,7 +111,8 @@ def test_hyphens_and_underscores_are_the_same():
 
 
 def test_learning_rate_steps_at_the_milestones():
-    rates = [learning_rate_at(e, 0.01, [1, 60, 120, 160], [10, 0.2, 0.2, 0.2]) for e in (0, 1, 59, 60, 120, 199)]
+    settings = vars(script.parse_args([]))
+    rates = [learning_rate_at(e, settings) for e in (0, 1, 59, 60.5, 120, 199)]
     assert rates == pytest.approx([0.01, 0.1, 0.1, 0.02, 0.004, 0.0008])
 
 
@@ -180,13 +181,13 @@ def test_a_pruned_run_leaves_everything_behind(train, tmp_path, capsys):
 
 def test_after_every_epoch_exactly_the_planned_filters_are_zero(train, monkeypatch):
     seen = []
-    real = Training.checkpoint
+    real = Trainer.checkpoint
 
     def watch(training):
         seen.append([len(kept) for kept in kept_filters(training.net).values()])
         return real(training)
 
-    monkeypatch.setattr(Training, "checkpoint", watch)
+    monkeypatch.setattr(Trainer, "checkpoint", watch)
     train("--epochs", 3)
     assert seen == [[11, 11, 11, 22, 22, 44, 44]] * 3
 
@@ -212,7 +213,7 @@ def assert_same(a, b, where=""):
     elif isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for key in a:
-            if key not in ("images_per_s", "seconds", "settings"):
+            if key not in ("images_per_s", "seconds", "settings", "pieces"):
                 assert_same(a[key], b[key], f"{where}/{key}")
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), where
@@ -304,7 +305,7 @@ def test_recalibrating_takes_the_statistics_of_the_training_images(train, tree, 
         tested["net"] = net
         return evaluate(net, *rest)
 
-    monkeypatch.setattr(experiment, "evaluate", keep_network)
+    monkeypatch.setattr(setup, "evaluate", keep_network)
     flags = ["--evaluate", "--resume", file, "--batch_size", 10, "--k", "none"]
     train(*flags, "--recalibrate", 2)
     assert "taken anew over 20 training images in 2 mini-batches" in capsys.readouterr().out
@@ -352,9 +353,9 @@ BAD = {
     "k word": (["--k", "many"], "many"),
     "HTrate 0": (["--HTrate", "0"], r"KEPT.*\(0, 1\].*0"),
     "HTrate 1.2": (["--HTrate", "1.2"], r"KEPT.*\(0, 1\].*1\.2"),
-    "HTrate that keeps nothing": (["--HTrate", "0.05"], "conv_1_3x3.*keeps nothing.*0.0625"),
+    "HTrate that keeps nothing": (["--HTrate", "0.05"], "keeps nothing.*0.0625"),
     "prune_rate 1": (["--prune_rate", "1"], "REMOVED"),
-    "both rates": (["--prune_rate", "0.3", "--HTrate", "0.7"], "not allowed with"),
+    "both rates": (["--prune_rate", "0.3", "--HTrate", "0.7"], "exclude each other"),
     "batch": (["--batch_size", "61", "--k", "none"], "61.*60 training images"),
     "lr": (["--learning_rate", "-1"], "> 0.*-1"),
     "nan": (["--v", "nan"], "nan"),
@@ -368,10 +369,13 @@ BAD = {
     "save path below a file": (["--save_path", "earlier/results.json/x"], "cannot write.*choose another"),
     "save path in use": (["--save_path", "earlier"], "holds a run already"),
     "exponential cap": (["--growth", "exponential"], "exponential"),
-    "widths pruned again": (["--widths_of", "x.pth.tar"], "prune it again.*--recipe baseline"),
+    "widths pruned again": (["--widths_of", "x.pth.tar"], "add --recipe baseline"),
     "widths and a head": (["--recipe", "baseline", "--widths_of", "x.pth.tar", "--head_width", "20"], "head_width 20"),
     "gpus": (["--ngpu", "2"], "--ngpu 2"),
-    "loss": (["--loss", "KL", "--kd_on", "feature", "--teacher", "x"], "logits|no checkpoint"),
+    "loss between logits": (["--kd", "feature:KL", "--teacher", "x"], "KL compares logits"),
+    "two losses of one name": (["--kd", "logits:KL", "--kd", "logits:KL:2", "--teacher", "x"], "given 2 times"),
+    "weight": (["--kd", "logits:KL:-1", "--teacher", "x"], "must be >= 0"),
+    "no teacher file": (["--recipe", "distill", "--teacher", "x"], "no checkpoint at 'x'"),
 }
 
 
@@ -417,7 +421,7 @@ def test_bad_checkpoints_give_one_clear_line(train, pruned, tree, tmp_path):
         train("--resume", truncated)
     with pytest.raises(UserError, match="checkpoint of resnet8, not of resnet20"):
         train("--resume", pruned, arch="resnet20")
-    with pytest.raises(UserError, match="10 classes apart, the data has 3"):
+    with pytest.raises(UserError, match="10 classes, the data has 3"):
         train(
             "--resume", pruned, "--dataset", "folder", "--batch_size", 6, "--k", 8, data=three_classes(tree, tmp_path)
         )
@@ -434,7 +438,7 @@ def test_an_older_checkpoint_does_not_overwrite_a_later_one(train, pruned):
 def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_intact(train, pruned):
     before = pruned.read_bytes()
     with pytest.raises(
-        UserError, match=r"epoch 1, mini-batch \d \(learning rate 1e\+19, batch size \d+\): first not finite: "
+        UserError, match=r"loss of mini-batch \d .*not finite by mini-batch \d of epoch 1; learning rate 1e\+19.*1 of 2"
     ):
         train("--epochs", 2, "--learning_rate", 1e18, "--resume", pruned)
     assert pruned.read_bytes() == before

@@ -10,7 +10,7 @@ import pytest
 from utils.base import signals
 from utils.base.errors import UserError, run_main
 from utils.base.signals import Stopped, StopRequest
-from utils.train import experiment
+from utils.train import distributed
 from utils.train.resume import resume_command
 from utils.train.run_folder import RunFolder
 from utils.train.run_lock import LOCK_NAME, RunLock, check_free
@@ -70,11 +70,11 @@ def test_the_command_that_continues_names_the_new_file_once(given, monkeypatch):
 
 
 def test_on_several_machines_the_command_names_where_they_meet(monkeypatch):
-    monkeypatch.setattr(experiment, "world_size", lambda: 4)
-    monkeypatch.setattr(experiment, "local_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    monkeypatch.setattr(distributed, "local_world_size", lambda: 2)
     monkeypatch.setenv("MASTER_ADDR", "first")
     words = "torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint first:29500 --nproc_per_node 2"
-    assert " ".join(experiment.launcher()) == words
+    assert " ".join(distributed.launcher()) == words
 
 
 def test_a_lock_dies_with_its_process_however_that_ended(tmp_path):

@@ -9,6 +9,7 @@ from data.augment import normalise
 from data.sources import DATASETS
 from data.synthetic import make_images
 from models.resnet_cifar import CifarResNet
+from utils.train import engine
 
 
 def make_tree(root: Path) -> Path:
@@ -20,6 +21,16 @@ def make_tree(root: Path) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(folder / f"{i:03d}.png")
     return root
+
+
+def train_epoch(net, loader, objective, optimizer, device, *, epoch, max_images=None):
+    """A pass over the loader with the engine's steps, without a Trainer; the means over it."""
+    net.train()
+    means, sizes = engine.RunningMeans(device), loader.sizes(epoch)
+    for t, (images, labels) in enumerate(loader):
+        options = dict(device=device, size=sizes[t], growth=sizes[t] / sizes[0], epoch=epoch, max_images=max_images)
+        engine.train_step(objective, net, images, labels, optimizer, means, **options)
+    return means.read()
 
 
 def resnet8(num_classes=10, **options):

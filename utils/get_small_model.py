@@ -18,12 +18,11 @@ from torch import nn
 
 import data
 import models
+from utils.base.arguments import COUNT, OneLineParser
 from utils.base.errors import UserError, run_main
 from utils.small.cut import make_small
 from utils.small.output import check_export, export, small_table, write_small
 from utils.train.device import flush_denormals
-from utils.train.options import OneLineParser
-from utils.train.options import count as whole_number
 from utils.train.run_folder import check_writable
 
 EVALUATION_BATCH = 500
@@ -40,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--arch", help="the network, for files that do not name it")
     add("--data", help="data path: compares the predictions for all its test images and prints the accuracy")
     add("--dataset", choices=[*data.DATASETS, "imagenet"], help="of --data (the checkpoint's, or cifar10)")
-    add("--round_to", type=whole_number, default=1, help="fill channels up to a multiple of this (1)")
+    add("--round_to", type=COUNT, default=1, help="fill channels up to a multiple of this (1)")
     add("--export", choices=("torch", "onnx"), help="also write a torch.export or ONNX program, for any batch size")
     return parser.parse_args(argv)
 

@@ -25,6 +25,7 @@ TYPES = {
     **{"arch": str, "epoch": int, "best_prec1": NUMBER, "optimizer": dict, "dataset": str, "library": str},
     **{"num_classes": int, "input_shape": list, "normalisation": dict, "kept": dict, "pads": dict, "adapters": dict},
     **{"settings": dict, "history": list, "loader": dict, "random_states": dict, "running_means": dict},
+    **{"pruning": dict, "pieces": int, "cost": dict, "shapes": dict},
 }
 # What is read of files of other projects.
 FROM_OTHERS = ("arch", "epoch", "best_prec1", "optimizer")

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from utils.base.arguments import OneLineParser
 from utils.base.errors import UserError, run_main
 from utils.bench import optimizer, training
-from utils.train.options import OneLineParser
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ["tests/test_bench_optimizer.py", "tests/test_optimizer_on_gpus.py", "tests/test_optimizer.py"]

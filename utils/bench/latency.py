@@ -19,13 +19,13 @@ from torch import nn
 import models
 from AHSG_HT import hard_threshold
 from utils.base import checkpoint as checkpoints
+from utils.base.arguments import COUNT, KEPT_RATE
 from utils.base.errors import UserError, run_main
 from utils.bench.optimizer import build_net
 from utils.bench.report import make_parser, parse, publish, take_turns
 from utils.small.counts import multiply_adds
 from utils.small.cut import make_small
 from utils.train.device import flush_denormals
-from utils.train.options import count, kept_rate
 
 
 @torch.no_grad()
@@ -76,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, repeats=15)
     parser.add_argument("checkpoint", nargs="?", help="with zeroed filters, or a small network's file")
     parser.add_argument("--arch", help="the network; without a checkpoint: random weights, thresholded once")
-    parser.add_argument("--HTrate", type=kept_rate, default=0.7, help="share of filters KEPT with --arch (0.7)")
-    parser.add_argument("--round_to", type=count, default=1, help="as in utils.get_small_model (1)")
-    parser.add_argument("--batch_sizes", type=count, nargs="+", default=(1, 8, 32, 128), help="images a mini-batch")
+    parser.add_argument("--HTrate", type=KEPT_RATE, default=0.7, help="share of filters KEPT with --arch (0.7)")
+    parser.add_argument("--round_to", type=COUNT, default=1, help="as in utils.get_small_model (1)")
+    parser.add_argument("--batch_sizes", type=COUNT, nargs="+", default=(1, 8, 32, 128), help="images a mini-batch")
     args = parse(parser, "latency", argv)
     flush_denormals()
     arch, dense, small, shape = networks(args)

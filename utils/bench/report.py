@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
+from utils.base.arguments import COUNT, OneLineParser
 from utils.base.errors import UserError
 from utils.base.files import replace_file
 from utils.train.device import describe_machine
-from utils.train.options import OneLineParser, count
 
 
 def make_parser(text: str | None, repeats: int) -> OneLineParser:
@@ -24,7 +24,7 @@ def make_parser(text: str | None, repeats: int) -> OneLineParser:
     form = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(description=text, formatter_class=form, allow_abbrev=False)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    parser.add_argument("--repeats", type=count, default=repeats, help=f"measurements of each ({repeats})")
+    parser.add_argument("--repeats", type=COUNT, default=repeats, help=f"measurements of each ({repeats})")
     parser.add_argument("--save_path", type=Path, help="folder for the table (.md) and the figures (.json)")
     return parser
 

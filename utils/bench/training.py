@@ -23,6 +23,7 @@ import torch
 import data
 import models
 from AHSG_HT import AHSG_HT
+from utils.base.arguments import COUNT, WHOLE
 from utils.base.errors import UserError, run_main
 from utils.bench.optimizer import HT_RECIPE
 from utils.bench.original_loop import PerFilterLoop, PilImages, train_epoch_original
@@ -30,10 +31,9 @@ from utils.bench.report import make_parser, parse, publish, take_turns
 from utils.train.acceleration import Acceleration, accelerate
 from utils.train.device import flush_denormals, reuse_freed_memory, seed_everything, usable_cores
 from utils.train.distillation import Distillation
-from utils.train.engine import RunningMeans, to_device, train_step
+from utils.train.engine import RunningMeans, train_step
 from utils.train.losses import parse_term
 from utils.train.objective import cross_entropy
-from utils.train.options import count, whole
 
 NETS = ("resnet20", "resnet56", "vgg16_bn")
 # What is compared, and the options of this project's loop behind each name.
@@ -80,8 +80,7 @@ def make_loop(name: str, arch: str, args: argparse.Namespace) -> Callable[[], tu
         net.train()
         means, sizes = RunningMeans(args.device), loader.sizes()
         for t, (x, y) in enumerate(loader):
-            x, y = to_device(x, y, args.device)
-            train_step(net, x, y, objective, optimizer, means, t=t, sizes=sizes, epoch=0)
+            train_step(objective, net, x, y, optimizer, means, device=args.device, size=sizes[t])
         result = means.read()
         return result.loss, result.top1, result.top5
 
@@ -109,9 +108,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--arch", nargs="+", default=NETS, help=f"networks ({' '.join(NETS)})")
     parser.add_argument("--teacher", help="distil from this network, with random weights: only time is measured")
     parser.add_argument("--loops", nargs="+", choices=list(LOOPS), default=["original", "this"], help="original this")
-    parser.add_argument("--images", type=count, default=1280, help="training images a round (1280)")
-    parser.add_argument("--batch_size", type=count, default=128, help="images a mini-batch (128)")
-    parser.add_argument("--workers", type=whole, default=usable_cores(), help="loader processes a loop (one a core)")
+    parser.add_argument("--images", type=COUNT, default=1280, help="training images a round (1280)")
+    parser.add_argument("--batch_size", type=COUNT, default=128, help="images a mini-batch (128)")
+    parser.add_argument("--workers", type=WHOLE, default=usable_cores(), help="loader processes a loop (one a core)")
     args = parse(parser, "training", argv)
     for arch in [*args.arch, args.teacher] if args.teacher else args.arch:
         models.check_arch(arch)

@@ -1,7 +1,9 @@
-"""What makes a training run fast without changing what it computes: number format, compilation, memory. Chosen by device and printed.
+"""What makes a training run fast without changing what it computes: number format, compilation, memory. Chosen by
+device and printed.
 
-`--amp` computes convolutions and matrix products in bfloat16 (torch.autocast); weights, momentum, filter norms, BatchNorm
-statistics and losses stay float32, and no gradient scaling is needed. `--compile` fuses what lies between the convolutions.
+`--amp` computes convolutions and matrix products in bfloat16 (torch.autocast); weights, momentum, filter norms,
+BatchNorm statistics and losses stay float32, and no gradient scaling is needed. `--compile` fuses what lies between
+the convolutions.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ import argparse
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,12 +30,18 @@ class Acceleration:
     amp: bool = False
     compile: bool = False
     deterministic: bool = False
+    tf32: bool = False
     notes: tuple[str, ...] = ()
+
+    @property
+    def arithmetic(self) -> str:
+        """bfloat16, TF32 or float32."""
+        return "bfloat16" if self.amp else "TF32" if self.tf32 else "float32"
 
     def __str__(self) -> str:
         """One line for the log."""
         return (
-            f"arithmetic: {'bfloat16 autocast' if self.amp else 'float32'}, {'compiled' if self.compile else 'eager'}, channels_last"
+            f"arithmetic: {self.arithmetic}, tests in float32; {'compiled' if self.compile else 'eager'}, channels_last"
             f"{', deterministic' if self.deterministic else ''}"
         )
 
@@ -40,8 +49,8 @@ class Acceleration:
 def choose_acceleration(args: argparse.Namespace, device: torch.device) -> Acceleration:
     """What --amp, --compile and --deterministic mean on a device.
 
-    --amp is the default on GPUs that compute in bfloat16. CPUs default to float32: with AVX-512 instructions alone a training
-    step of ResNet-20 took 1.4 times as long in bfloat16.
+    --amp is the default on GPUs that compute in bfloat16. CPUs default to float32: with AVX-512 instructions alone a
+    training step of ResNet-20 took 1.4 times as long in bfloat16.
 
     Raises:
         UserError: --compile where there is no compiler.
@@ -54,7 +63,24 @@ def choose_acceleration(args: argparse.Namespace, device: torch.device) -> Accel
         amp = device.type == "cuda" and not missing
     if args.compile:
         check_compiler(device)
-    return Acceleration(amp, args.compile, args.deterministic, tuple(notes))
+    # cuDNN's convolutions compute in TF32 by default, 10 bits of mantissa instead of 23.
+    tf32 = args.tf32 and device.type == "cuda"
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+    return Acceleration(amp, args.compile, args.deterministic, tf32, tuple(notes))
+
+
+@contextmanager
+def true_float32() -> Iterator[None]:
+    """In here convolutions and matrix products of a GPU compute in float32, not in TF32."""
+    switches = [(torch.backends.cudnn, "allow_tf32"), (torch.backends.cuda.matmul, "allow_tf32")]
+    before = [getattr(*switch) for switch in switches]
+    try:
+        for switch in switches:
+            setattr(*switch, False)
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            setattr(*switch, value)
 
 
 def why_no_bf16(device: torch.device) -> str | None:
@@ -77,9 +103,8 @@ def check_compiler(device: torch.device) -> None:
     """Raises UserError where torch.compile would find nothing to compile with."""
     compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
     if not any(shutil.which(name.split()[0]) for name in compilers):
-        raise UserError(
-            f"--compile needs a C++ compiler ({' or '.join(compilers)}), none is here; install one or leave --compile out"
-        )
+        names = " or ".join(compilers)
+        raise UserError(f"--compile needs a C++ compiler ({names}), none is here; install one or leave --compile out")
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise UserError("--compile needs the package triton on a GPU; install it or leave --compile out")
 
@@ -97,9 +122,9 @@ def make_deterministic() -> None:
 def fewest_compiled(largest: int) -> int:
     """Size from which mini-batches go through the compiled network, so that one compilation serves them all.
 
-    torch compiles anew on either side of 1 image (a constant to it), of 16 (its choice of a convolution kernel asks for so many) and,
-    on a CPU, where a sum over a channel passes 4096 numbers, which is at 64 images of 8x8 pixels. What is smaller is an epoch's first
-    mini-batch, or its last one, and runs uncompiled.
+    torch compiles anew on either side of 1 image (a constant to it), of 16 (its choice of a convolution kernel asks
+    for so many) and, on a CPU, where a sum over a channel passes 4096 numbers, which is at 64 images of 8x8 pixels.
+    What is smaller is an epoch's first mini-batch, or its last one, and runs uncompiled.
     """
     return 65 if largest > 64 else 16
 

@@ -5,12 +5,6 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.ticker import MaxNLocator
-
 from utils.base.files import replace_file
 
 
@@ -22,8 +16,12 @@ def draw_curves(history: list[dict], title: str, path: Path) -> None:
         title: above both.
         path: of the PNG.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     epochs = [row["epoch"] for row in history]
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
     for panel, kind, label in zip(panels, ("acc", "loss"), ("top-1 accuracy (%)", "loss"), strict=True):
         for split in ("train", "test"):
             values = [row[f"{split}_{kind}"] for row in history]
@@ -42,5 +40,4 @@ def draw_curves(history: list[dict], title: str, path: Path) -> None:
     figure.suptitle(title)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
-    plt.close(figure)
     replace_file(path, picture.getvalue())

@@ -22,7 +22,8 @@ def choose_device(ngpu: int | None) -> torch.device:
     """
     if ngpu is not None and ngpu > 1:
         raise UserError(
-            f"--ngpu {ngpu}: one process trains on one GPU; start {ngpu} processes with torchrun --nproc_per_node {ngpu} SCRIPT ... --ngpu 1"
+            f"--ngpu {ngpu}: one process trains on one GPU; start {ngpu} with torchrun --nproc_per_node {ngpu} "
+            "SCRIPT ... --ngpu 1"
         )
     if ngpu == 1 and not torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
         # The release's command lines all say --ngpu 1; on a machine without a GPU the CPU does the same work.
@@ -36,10 +37,11 @@ def usable_cores() -> int:
 
 
 def flush_denormals() -> None:
-    """Makes CPU arithmetic round numbers below 1e-38 to zero. Call it before the first parallel computation: threads inherit it.
+    """Makes CPU arithmetic round numbers below 1e-38 to zero. Call it before the first parallel computation: threads
+    inherit it.
 
-    Momentum and BatchNorm statistics of a removed filter shrink by a factor per step and end as denormal numbers, which CPUs
-    compute with many times slower: a ResNet-20 was tested 13 times slower after four epochs of pruning.
+    Momentum and BatchNorm statistics of a removed filter shrink by a factor per step and end as denormal numbers,
+    which CPUs compute with many times slower: a ResNet-20 was tested 13 times slower after four epochs of pruning.
     """
     torch.set_flush_denormal(True)
 
@@ -47,8 +49,9 @@ def flush_denormals() -> None:
 def reuse_freed_memory() -> None:
     """Makes the C library keep freed memory for the next tensor instead of giving it back to the system.
 
-    By default glibc returns blocks of activations at every step, and the next step faults each of their pages in again: 12,000 of 4 KiB
-    per step of ResNet-20 at batch 128, a tenth to a quarter of the time. Nothing happens with other C libraries.
+    By default glibc returns blocks of activations at every step, and the next step faults each of their pages in
+    again: 12,000 of 4 KiB per step of ResNet-20 at batch 128, a tenth to a quarter of the time. Nothing happens with
+    other C libraries.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

@@ -18,11 +18,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from utils.base.errors import UserError
 from utils.train.features import last_linear, with_features
-from utils.train.losses import KD_ON, LOSSES, Term, check_terms  # noqa: F401 (for options.py)
+from utils.train.losses import Term, check_terms
 from utils.train.objective import at_least_float32
 
-# The activations of 32 images of 32x32 stay in the cache of a CPU core: a CIFAR ResNet's forward pass took 8 % less time.
-# Networks with more weights in a convolution are faster undivided.
+# The activations of 32 images of 32x32 stay in the cache of a CPU core: a CIFAR ResNet's forward pass took 8 % less
+# time. Networks with more weights in a convolution are faster undivided.
 CACHED_PIXELS, CACHED_WEIGHTS = 32 * 32 * 32, 1 << 16
 
 
@@ -35,11 +35,11 @@ class Distillation:
         images: a few images, float32 (B, C, H, W), on the device of both networks.
         terms: what is compared, and how.
         ce_weight: weight of the cross-entropy.
-        teacher_input: makes the teacher's input from the student's, where their images are normalised differently.
 
     Attributes:
-        adapters: by the term's name a map for each compared pair: learned and linear (a 1x1 convolution for stages) from
-            the student's width to the teacher's, the identity where they are equal. Trained and saved, no part of the student.
+        adapters: by the term's name a map for each compared pair: learned and linear (a 1x1 convolution for stages)
+            from the student's width to the teacher's, the identity where they are equal. Trained and saved, no part of
+            the student.
         student, teacher: networks that take return_features (utils.train.features), to be compiled if anything is.
         teacher_forward: the teacher's forward pass, or a compiled one.
 
@@ -52,21 +52,14 @@ class Distillation:
         teacher: nn.Module,
         student: nn.Module,
         images: Tensor,
-        terms: Sequence[Term] = (),
-        *,
+        terms: Sequence[Term],
         ce_weight: float = 1.0,
-        teacher_input: Callable[[Tensor], Tensor] | None = None,
-        on: str = "feature",
-        loss: str = "MSE",
-        weight: float = 1.0,
-        temperature: float = 4.0,
     ):
-        self.terms = list(terms) or [Term(on, loss, weight, {"T": temperature} if loss == "KL" else {})]
+        self.terms = list(terms)
         check_terms(self.terms)
         self.losses = [term.make_loss() for term in self.terms]
         self.compared = {"logits", *(term.on for term in self.terms)}
         self.ce_weight = ce_weight
-        self.teacher_input = teacher_input
         self._net = student
         prepared = prepare_teacher(teacher)
         hands_out = with_features if len(self.compared) > 1 else lambda net: net
@@ -77,14 +70,17 @@ class Distillation:
         self.adapters = self._make_adapters(images)
 
     def __call__(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted sum, and the student's logits (B, classes). `net` is the student, or its compiled forward pass."""
+        """The weighted sum, and the student's logits (B, classes). `net` is the student, or its compiled forward
+        pass.
+        """
         teacher = self.teacher_features(images)
         student = self._outputs(self.student if net is self._net else net, images)
         logits = at_least_float32(student["logits"][0])
         total = self.ce_weight * F.cross_entropy(logits, labels)
         for term, loss in zip(self.terms, self.losses, strict=True):
             for adapter, ours, theirs in zip(self.adapters[term.name], student[term.on], teacher[term.on], strict=True):
-                # Under autocast too: the squares of features overflow half precision, and bfloat16 keeps 8 bits of them.
+                # Under autocast too: the squares of features overflow half precision, and bfloat16 keeps 8 bits of
+                # them.
                 distance = loss(at_least_float32(adapter(ours)), at_least_float32(theirs), labels)
                 total = total + term.weight * distance
         return total, logits
@@ -92,7 +88,6 @@ class Distillation:
     @torch.no_grad()
     def teacher_features(self, images: Tensor) -> dict[str, list[Tensor]]:
         """The teacher's outputs for the student's images, by the names of KD_ON."""
-        images = self.teacher_input(images) if self.teacher_input else images
         if not self.divides or self.teacher_forward is not self.teacher:
             return self._outputs(self.teacher_forward, images)
         size = max(1, torch.get_num_threads() * CACHED_PIXELS // images[0, 0].numel())
@@ -135,7 +130,8 @@ class Distillation:
 def prepare_teacher(teacher: nn.Module) -> nn.Module:
     """A frozen copy in eval mode and channels_last layout, BatchNorm folded into the convolutions before it.
 
-    Logits, features and stage outputs are the same but for rounding. A network that torch.fx cannot trace keeps its BatchNorm.
+    Logits, features and stage outputs are the same but for rounding. A network that torch.fx cannot trace keeps its
+    BatchNorm.
     """
     teacher = copy.deepcopy(teacher).requires_grad_(False).eval()
     try:
@@ -154,7 +150,7 @@ def prepare_teacher(teacher: nn.Module) -> nn.Module:
             for name, module in ((before.target, fuse_conv_bn_eval(conv, bn)), (node.target, nn.Identity())):
                 parent, _, last = name.rpartition(".")
                 setattr(teacher.get_submodule(parent), last, module)
-    return teacher.to(memory_format=torch.channels_last)
+    return teacher.eval().to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ T = TypeVar("T")
 # gloo has no error type of its own. Lost connections and timeouts come from its transport layer and begin with the
 # source line; its other errors (shapes that differ between ranks) begin with "[enforce fail at".
 GLOO_TRANSPORT = re.compile(r"\[[^\s\]]*gloo[/\\]transport[/\\][^\s\]]*:\d+\] ")
+DIST_TIMEOUT = 600.0
 # The gloo group for Python objects; None for a single process.
 _objects: dist.ProcessGroup | None = None
 
@@ -62,25 +63,25 @@ def local_world_size() -> int:
 
 
 @contextmanager
-def process_group(ngpu: int | None, timeout_s: float) -> Iterator[torch.device]:
+def process_group(given: dict) -> Iterator[torch.device]:
     """Joins the processes that torchrun started and yields this one's device; without torchrun, just the device.
 
     Args:
-        ngpu: 0 for CPUs; 1 or None for a GPU per process where there are any.
-        timeout_s: seconds after which a rank that does not answer is given up. One that dies is noticed at once.
+        given: options of the command line. ngpu: 0 for CPUs; 1 or none for a GPU per process where there are any.
+            dist_timeout: seconds after which a silent rank is given up; one that dies is noticed at once.
 
     Raises:
         LostRank: more processes on this machine than GPUs, or the others cannot be reached.
     """
     global _objects
-    device = choose_device(ngpu)
+    device = choose_device(given.get("ngpu"))
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
         yield device
         return
     if device.type == "cuda":
         device = own_gpu(int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count())
         torch.cuda.set_device(device)
-    timeout = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=given.get("dist_timeout", DIST_TIMEOUT))
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
         # A group of its own on CPUs too: Python objects must not wait behind gradients.
@@ -91,7 +92,12 @@ def process_group(ngpu: int | None, timeout_s: float) -> Iterator[torch.device]:
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot join the others at {place} "
             f"({first_line(error)}); check torchrun's --rdzv_endpoint and that the machines reach each other"
         ) from None
-    yield device
+    try:
+        yield device
+    except RuntimeError as error:
+        if is_lost_connection(error):
+            raise LostRank(describe_loss(error)) from None
+        raise
     # Not after an error: the other ranks may not answer any more.
     _objects = None
     dist.destroy_process_group()
@@ -123,6 +129,13 @@ def on_all(make: Callable[[], T]) -> T:
         raise SystemExit(2)
     number, text = failed[0]
     raise UserError(text if number == 0 else f"on rank {number}: {text}")
+
+
+def first_on_machine(make: Callable[[], T]) -> T:
+    """What `make` returns on each rank; on every machine one rank runs it first, so that files are unpacked once."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    made = on_all(lambda: make() if first else None)
+    return on_all(lambda: made if first else make())
 
 
 def from_first(make: Callable[[], T]) -> T:
@@ -280,6 +293,34 @@ def is_lost_connection(error: BaseException) -> bool:
     if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)):
         return True
     return isinstance(error, RuntimeError) and GLOO_TRANSPORT.match(str(error)) is not None
+
+
+def describe_loss(error: BaseException) -> str:
+    """What a rank reports when another one is gone."""
+    return f"of {world_size()} processes one has died or does not answer ({first_line(error)[:200]})"
+
+
+def launcher() -> list[str]:
+    """The words before the script's name in a command line that starts this run again."""
+    if world_size() == 1:
+        return ["python"]
+    machines = world_size() // local_world_size()
+    nodes = []
+    if machines > 1:
+        # Without a common endpoint torchrun would wait on every machine for itself.
+        endpoint = f"{os.environ.get('MASTER_ADDR', 'FIRST_MACHINE')}:29500"
+        nodes = ["--nnodes", str(machines), "--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint]
+    return ["torchrun", *nodes, "--nproc_per_node", str(local_world_size())]
+
+
+def describe_processes(sync_bn: bool) -> list[str]:
+    """Lines for the log of a run with several processes."""
+    if world_size() == 1:
+        return []
+    return [
+        f"processes: {world_size()}, {local_world_size()} on this machine, {dist.get_backend()}; sizes of mini-batches "
+        f"are over all of them; BatchNorm's statistics are over {'all' if sync_bn else 'the share of each'}"
+    ]
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""One pass over the training data, one over the test data. The loop never waits for the device between two prints."""
+"""One training step, and one pass over the test data. Neither waits for the device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from AHSG_HT import AHSG_HT
-from utils.base.errors import UserError
+from utils.train.acceleration import true_float32
 from utils.train.distributed import gather, rank, sum_over_ranks, world_size
 
 
@@ -51,8 +51,8 @@ class RunningMeans:
             self.begin -= state["seconds"]
 
     def state_dict(self) -> dict:
-        """What a pass that is continued later starts from: the sums of every rank, float64 (ranks, 4), and the seconds. All
-        ranks must ask for it together."""
+        """What a pass that is continued later starts from: the sums of every rank, float64 (ranks, 4), and the
+        seconds. All ranks must call it together."""
         sums = torch.tensor(gather(self.sums.tolist()), dtype=torch.float64)
         return {"sums": sums, "seconds": time.perf_counter() - self.begin}
 
@@ -76,63 +76,6 @@ class RunningMeans:
         return PassResult(loss, 100 * top1, 100 * top5, seconds, images / seconds)
 
 
-def train_epoch(
-    net: nn.Module,
-    loader,
-    objective: Callable,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-    *,
-    epoch: int,
-    threshold_every: str = "step",
-    max_images: int | None = None,
-    on_step: Callable[[int, int, RunningMeans], None] = lambda t, size, means: None,
-    first: int = 0,
-    means: RunningMeans | None = None,
-) -> PassResult:
-    """One pass over the training data, or what is left of it.
-
-    Args:
-        net: on `device`; left in training mode.
-        loader: of data.DataLoader, so that the sizes of its mini-batches are known.
-        objective: see utils.train.objective.
-        optimizer: AHSG_HT gets the release's calling order, any other a plain step().
-        epoch: its number, from 0.
-        threshold_every: "step", or "epoch": filters are thresholded after the epoch's last mini-batch only.
-        max_images: images that a process takes through the network at once; see add_gradients.
-        on_step: called after every mini-batch with its number, its size and the means so far.
-        first: number of the mini-batch at which the loader stands; that of the whole epoch when nothing is left to do.
-        means: those of the mini-batches before; None for new ones.
-
-    Raises:
-        UserError: no image could be read.
-    """
-    net.train()
-    sizes = loader.sizes(epoch)
-    means = means or RunningMeans(device)
-    for t, (images, labels) in enumerate(loader if first < len(sizes) else (), start=first):
-        images, labels = to_device(images, labels, device)
-        means.t = t
-        train_step(
-            net,
-            images,
-            labels,
-            objective,
-            optimizer,
-            means,
-            t=t,
-            sizes=sizes,
-            epoch=epoch,
-            threshold_every=threshold_every,
-            max_images=max_images,
-        )
-        on_step(t, sizes[t], means)
-    result = means.read()
-    if result.images_per_s == 0:
-        raise UserError(f"not one training image could be read in epoch {epoch}; check the data path")
-    return result
-
-
 def to_device(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """A mini-batch where the network is, images in channels_last layout."""
     images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
@@ -140,26 +83,48 @@ def to_device(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Ten
 
 
 def train_step(
+    objective: Callable,
     net: nn.Module,
     images: Tensor,
     labels: Tensor,
-    objective: Callable,
     optimizer: torch.optim.Optimizer,
     means: RunningMeans,
     *,
-    t: int,
-    sizes: list[int],
-    epoch: int,
-    threshold_every: str = "step",
+    device: torch.device,
+    size: int,
+    growth: float = 1.0,
+    epoch: int = 0,
+    final: int = 1,
     max_images: int | None = None,
+    pruning=None,
+    step: int = 0,
+    log: Callable[[str], None] = print,
 ) -> None:
-    """One step: the gradient of mini-batch t of the sizes of an epoch, and the optimizer's update; see train_epoch."""
+    """One step: the gradient of a mini-batch, and the optimizer's update.
+
+    Args:
+        objective: see utils.train.objective.
+        images, labels: those of the mini-batch that this process has: all, or its rank's share, which may be empty.
+            Images that could not be read are missing; they count as images without a gradient.
+        optimizer: AHSG_HT gets the release's calling order, any other a plain step().
+        means: accumulate loss and accuracy.
+        size: images of the whole mini-batch, over all processes.
+        growth: size over that of the epoch's first mini-batch.
+        final: 1 thresholds filters in this step, 0 does not.
+        max_images: images that a process takes through the network at once, None for all. The gradient is the same but
+            for BatchNorm, whose statistics are those of each part.
+        pruning: utils.prune.gradual.GradualPruning, or None.
+        step: number of the mini-batch over the whole run, for `pruning`.
+        log: gets what `pruning` reports.
+    """
+    images, labels = to_device(images, labels, device)
     optimizer.zero_grad(set_to_none=True)
-    add_gradients(net, objective, images, labels, sizes[t], max_images, means)
+    add_gradients(net, objective, images, labels, size, max_images, means)
+    if pruning is not None and (text := pruning.before_step(step)) is not None:
+        log(text)
     if isinstance(optimizer, AHSG_HT):
-        final = int(threshold_every == "step" or t == len(sizes) - 1)
         optimizer.update_HSG(1)
-        optimizer.step(None, sizes[t] / sizes[0], epoch, final)
+        optimizer.step(None, growth, epoch, final)
     else:
         optimizer.step()
 
@@ -173,21 +138,12 @@ def add_gradients(
     max_images: int | None,
     means: RunningMeans,
 ) -> None:
-    """Adds the gradient of the mean over a mini-batch of `size` images to the parameters.
-
-    Args:
-        images, labels: those of the mini-batch that this process has: all, or its rank's share, which may be empty. Images that could
-            not be read are missing; they count as images without a gradient.
-        size: of the whole mini-batch.
-        max_images: the share is taken in parts of at most so many images, None for at once. The gradient is the same but for
-            BatchNorm, whose statistics are those of each part.
-        means: get the losses and answers.
-    """
+    """Adds the gradient of the mean over a mini-batch of `size` images to the parameters; see train_step."""
     # As many parts on every rank as the largest share needs: SyncBatchNorm waits for all ranks in each forward pass.
     largest = -(-size // world_size()) if world_size() > 1 else len(labels)
     parts = max(1, -(-largest // max_images)) if max_images else 1
     for part, (x, y) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)):
-        # The ranks exchange what has been added up over the parts, once.
+        # The ranks exchange the gradients accumulated over the parts, once.
         held_back = part < parts - 1 and hasattr(objective, "no_sync")
         with objective.no_sync() if held_back else nullcontext():
             loss, logits = objective(net, x, y)
@@ -201,18 +157,31 @@ def add_gradients(
 def evaluate(
     net: nn.Module, loader, device: torch.device, *, on_batch: Callable[[], None] = lambda: None
 ) -> PassResult:
-    """Cross-entropy and accuracy of a network, in eval mode, over a loader whose mini-batches are split over ranks.
+    """Cross-entropy and accuracy of a network, in eval mode and float32, over a loader split over ranks.
 
     `on_batch` is called after every mini-batch.
     """
     was_training = net.training
     net.eval()
     means = RunningMeans(device)
-    for images, labels in loader:
-        images, labels = to_device(images, labels, device)
-        if len(labels):
-            logits = net(images)
-            means.add(F.cross_entropy(logits, labels), logits, labels)
-        on_batch()
+    with true_float32():
+        for images, labels in loader:
+            images, labels = to_device(images, labels, device)
+            if len(labels):
+                logits = net(images)
+                means.add(F.cross_entropy(logits, labels), logits, labels)
+            on_batch()
     net.train(was_training)
     return means.read()
+
+
+def format_pass(name: str, result: PassResult) -> str:
+    """The release's line, `**Test** Prec@1 .. Prec@5 .. Error@1 ..`."""
+    return f"  **{name}** Prec@1 {result.top1:.3f} Prec@5 {result.top5:.3f} Error@1 {100 - result.top1:.3f}"
+
+
+def gather_bad_images(loader) -> list[str]:
+    """Paths of the images that a loader has skipped since the last call, over all ranks."""
+    if not hasattr(loader.dataset, "newly_bad"):
+        return []
+    return sorted({path for paths in gather(loader.dataset.newly_bad()) for path in paths})

@@ -18,8 +18,9 @@ STAGE = re.compile(r"(\w+\.)?(layer|denseblock|block)[1-9]")
 class WithFeatures(nn.Module):
     """A network whose features and stage outputs are captured with forward hooks.
 
-    The hooks are registered once and stay, so that torch.compile of this module includes them; in other forward passes of
-    the network they do nothing. Features are the input of the last linear layer; stages are found by their names (STAGE).
+    The hooks are registered once and stay, so that torch.compile of this module includes them; in other forward passes
+    of the network they do nothing. Features are the input of the last linear layer; stages are found by their names
+    (STAGE).
     """
 
     def __init__(self, net: nn.Module):
@@ -46,7 +47,7 @@ class WithFeatures(nn.Module):
                 module.register_forward_hook(capture_stage)
 
     def forward(self, images: Tensor, return_features: bool = False):
-        """Logits; with return_features (logits, features (B, width) or None, [stage outputs (B, width, H, W)] or [])."""
+        """Logits; with return_features (logits, features (B, width) or None, stage outputs [(B, width, H, W), ...])."""
         if not return_features:
             return self.net(images)
         self.captures, self.features, self.stages = True, [], []

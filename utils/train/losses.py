@@ -1,8 +1,8 @@
 """Distillation losses, and the terms `--kd ON:LOSS[:WEIGHT[:NAME=VALUE,...]]` that choose and weight them.
 
 A loss is a module called with (student, teacher, labels) that returns a scalar. Student and teacher have one shape:
-(B, classes) logits, (B, width) features or (B, width, H, W) stage outputs. The keyword arguments of its __init__ are its
-options, all of them numbers. To add a loss, write such a class and enter it in LOSSES.
+(B, classes) logits, (B, width) features or (B, width, H, W) stage outputs. The keyword arguments of its __init__ are
+its options, all of them numbers. To add a loss, write such a class and enter it in LOSSES.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class KL(Loss):
 class DKD(Loss):
     """T^2 * (alpha * TCKD + beta * NCKD) (Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, eq. 7).
 
-    TCKD is the KL divergence between the binary distributions (label, all others), NCKD the one among the other classes.
-    The authors raise the weight over the first 20 epochs; here it is constant.
+    TCKD is the KL divergence between the binary distributions (label, all others), NCKD the one among the other
+    classes. The authors raise the weight over the first 20 epochs; here it is constant.
     """
 
     compares = ("logits",)
@@ -98,9 +98,9 @@ class DKD(Loss):
 class DIST(Loss):
     """T^2 * (beta * (1 - r of rows) + gamma * (1 - r of columns)).
 
-    r is Pearson's correlation of the probabilities softmax(logits/T) of student and teacher: over the classes within a row,
-    a mean over rows; and over the rows within a class, a mean over classes (Huang et al., "Knowledge Distillation from A
-    Stronger Teacher", NeurIPS 2022).
+    r is Pearson's correlation of the probabilities softmax(logits/T) of student and teacher: over the classes within a
+    row, a mean over rows; and over the rows within a class, a mean over classes (Huang et al., "Knowledge Distillation
+    from A Stronger Teacher", NeurIPS 2022).
     """
 
     compares = ("logits",)
@@ -116,7 +116,7 @@ class DIST(Loss):
 
 
 class AT(Loss):
-    """Attention transfer: mean squared difference of normalised attention maps (Zagoruyko, Komodakis, ICLR 2017, eq. 2).
+    """Attention transfer: mean squared difference of normalised attention maps (Zagoruyko, Komodakis, ICLR 2017).
 
     A map is the mean over channels of the squared activations, (B, H*W), divided by its l2 norm; widths may differ. The
     mean over entries is that of the authors' code, where a weight of about 500 goes with it.
@@ -136,7 +136,8 @@ LOSSES: dict[str, type[Loss]] = {loss.__name__: loss for loss in (MSE, L1, Smoot
 class Standardised(nn.Module):
     """A loss between logits, every row shifted by its mean and divided by its (unbiased) standard deviation first.
 
-    Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, algorithm 1. Invariant to shift and scale of a row.
+    Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, algorithm 1. Invariant to shift and scale
+    of a row.
     """
 
     def __init__(self, loss: nn.Module):

@@ -1,4 +1,4 @@
-"""Momentum and x_{t-1} out of a checkpoint, of this project or of AHSG-HT's release, into the optimizer of a run."""
+"""Momentum, x_{t-1} and removed filters of a checkpoint, also of AHSG-HT's release, for the optimizer of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str) 
         optimizer.load_state_dict(saved)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"the optimizer saved in '{path}' does not fit this run ({error}); a distilled run with adapters needs its --teacher"
+            f"the optimizer saved in '{path}' does not fit this run ({error}); a run with adapters needs its --teacher"
         ) from None
     for group, own in zip(optimizer.param_groups, options, strict=True):
         params = group["params"]
@@ -27,14 +27,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str) 
         group.update(own, params=params)
     for p, state in optimizer.state.items():
         for name, value in list(state.items()):
-            if name not in ("momentum_buffer", "prev_data") or not isinstance(value, torch.Tensor):
+            if name not in ("momentum_buffer", "prev_data", "kept") or not isinstance(value, torch.Tensor):
                 # Of another optimizer.
                 del state[name]
-            elif value.shape != p.shape:
+            elif value.shape != p.shape and not (name == "kept" and value.numel() == len(p) == len(value)):
                 raise UserError(
                     f"'{name}' saved in '{path}' has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}"
                 )
-            else:
+            elif name != "kept":
                 # In the parameter's memory layout, or every step would take the slow path.
                 state[name] = torch.empty_like(p, requires_grad=False).copy_(value)
 

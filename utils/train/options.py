@@ -1,374 +1,437 @@
-"""The command line of the training scripts: flags, their checks, and the settings that come of flags and recipe."""
+"""The options of the training scripts. One option is one record of OPTIONS.
+
+The parser, what `--resume` takes over, what makes two runs the same and how the tables tell runs apart are derived
+from these records.
+
+To add an option, add a record here and use `args.<name>`. Recipes (utils.train.recipes) give numbers to options whose
+default is RECIPE.
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-from utils.base.errors import UserError
-from utils.train.distillation import KD_ON, LOSSES
-from utils.train.recipes import RECIPES, fit_schedule
-
-# Options a recipe fills in where the command line is silent.
-RECIPE_KEYS = (
-    "epochs",
-    "learning_rate",
-    "momentum",
-    "nesterov",
-    "decay",
-    "schedule",
-    "gammas",
-    "batch_size",
-    "k",
-    "HTrate",
-    "v",
+from data import DATASETS
+from utils.base.arguments import (
+    COUNT,
+    IMAGE_SIZE,
+    KEPT_RATE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PRUNED_RATE,
+    SEED,
+    SHARE,
+    WHOLE,
+    OneLineParser,
+    number,
+    path_name,
+    switch,
 )
+from utils.base.errors import UserError
+from utils.train.distributed import DIST_TIMEOUT
+from utils.train.losses import LOSSES, check_terms, parse_term
+from utils.train.recipes import fit_schedule, recipes_of
+
+# Default of an option whose number is the recipe's.
+RECIPE = "recipe"
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """argparse whose complaint is one line, and which takes long options with hyphens or underscores."""
-
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace=None):
-        return super().parse_args(self.canonical(sys.argv[1:] if args is None else args), namespace)
-
-    def parse_given(self, args: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
-        """The options, and the names of those that the command line gives."""
-        missing = object()
-        names = [action.dest for action in self._actions if action.dest != "help"]
-        # argparse sets an optional positional to its default where it is not given, whatever the namespace holds.
-        defaults = {action: action.default for action in self._actions if not action.option_strings}
-        for action in defaults:
-            action.default = missing
-        try:
-            marked = self.parse_args(args, argparse.Namespace(**dict.fromkeys(names, missing)))
-        finally:
-            for action, default in defaults.items():
-                action.default = default
-        given = {name for name in names if getattr(marked, name) is not missing}
-        return self.parse_args(args), given
-
-    def canonical(self, args: Sequence[str]) -> list[str]:
-        """A command line with every option under its first long name, `-b 8` and `--batch-size 8` as `--batch_size 8`."""
-        return [self._canonical(argument) for argument in args]
-
-    def _canonical(self, argument: str) -> str:
-        name, equals, value = argument.partition("=")
-        if name.startswith("--"):
-            name = f"--{name[2:].replace('-', '_')}"
-        action = self._option_string_actions.get(name)
-        if action is None or action.dest == "help":
-            return argument if not argument.startswith("--") else f"{name}{equals}{value}"
-        return f"--{action.dest}{equals}{value}"
-
-
-def path_name(text: str) -> str:
-    """An argparse type: a path; an empty one is a shell variable that was not set."""
-    if not text:
-        raise argparse.ArgumentTypeError("must be a path, got ''")
-    return text
-
-
-def number(kind: Callable, accept: Callable[[float], bool], meaning: str):
-    """An argparse type: a finite number of `kind` that `accept` takes; `meaning` says which in the complaint."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not math.isfinite(value) or not accept(value):
-            raise argparse.ArgumentTypeError(f"must be {meaning}, got '{text}'")
-        return value
-
-    return parse
-
-
-def k_number(text: str) -> float | int | str:
-    """--k: "none", a step size, or a cap; its range depends on the batch size and is checked with it."""
+def k_number(text: str) -> float | int | None:
+    """--k: none, a step size, or a cap; its range depends on the batch size and is checked with it."""
     if text.lower() == "none":
-        return "none"
+        return None
     value = number(float, lambda x: True, "a number or none")(text)
     return int(value) if value == math.floor(value) else value
 
 
-count = number(int, lambda n: n >= 1, "a whole number >= 1")
-whole = number(int, lambda n: n >= 0, "a whole number >= 0")
-seed_number = number(int, lambda n: 0 <= n < 2**32, "a whole number in 0..2^32-1")
-positive = number(float, lambda x: x > 0, "a number > 0")
-not_negative = number(float, lambda x: x >= 0, "a number >= 0")
-kept_rate = number(float, lambda x: 0 < x <= 1, "the share of filters KEPT, in (0, 1]")
-pruned_rate = number(float, lambda x: 0 <= x < 1, "the share of filters REMOVED, in [0, 1)")
-
-
-def switch(text: str) -> bool:
-    """An argparse type: on or off."""
-    if text not in ("on", "off"):
-        raise argparse.ArgumentTypeError(f"must be on or off, got '{text}'")
-    return text == "on"
-
-
-def add_training_options(parser: argparse.ArgumentParser, recipes: dict[str, dict] = RECIPES) -> None:
-    """Adds what every training script takes, in titled groups; the help names the recipes' numbers."""
-    plain, prune = recipes["baseline"], recipes["prune"]
-    group = parser.add_argument_group("recipe and training")
-    group.add_argument(
-        "--recipe", choices=recipes, help="numbers for everything below that is not given (default: prune)"
-    )
-    group.add_argument("--epochs", type=count, help=f"passes over the data (recipe: {plain['epochs']})")
-    group.add_argument(
-        "--batch_size",
-        "-b",
-        type=count,
-        help=f"images in the first mini-batch, over all processes ({plain['batch_size']}, pruning {prune['batch_size']})",
-    )
-    group.add_argument(
-        "--learning_rate",
-        "--lr",
-        type=positive,
-        help=f"learning rate of epoch 0 ({plain['learning_rate']:g}, finetune {recipes['finetune']['learning_rate']:g})",
-    )
-    group.add_argument("--momentum", type=not_negative, help=f"momentum of SGD ({plain['momentum']:g})")
-    group.add_argument(
-        "--nesterov",
-        type=switch,
-        metavar="on|off",
-        help=f"Nesterov's momentum ({'on' if plain['nesterov'] else 'off'})",
-    )
-    group.add_argument(
-        "--decay", "--weight_decay", "--wd", type=not_negative, help=f"weight decay ({plain['decay']:g})"
-    )
-    group.add_argument(
-        "--schedule",
-        type=whole,
-        nargs="+",
-        metavar="EPOCH",
-        help=f"epochs at which the learning rate changes ({' '.join(map(str, plain['schedule']))})",
-    )
-    group.add_argument(
-        "--gammas",
-        type=positive,
-        nargs="+",
-        metavar="G",
-        help=f"factors at these epochs ({' '.join(f'{gamma:g}' for gamma in plain['gammas'])})",
-    )
-    group.add_argument("--fit_schedule", action="store_true", help="scale the recipe's milestones to --epochs")
-
-    group = parser.add_argument_group("pruning")
-    rates = group.add_mutually_exclusive_group()
-    rates.add_argument("--HTrate", type=kept_rate, help="share of filters KEPT in every convolution (0.7)")
-    rates.add_argument("--prune_rate", type=pruned_rate, help="share of filters REMOVED: 0.3 is --HTrate 0.7")
-    group.add_argument(
-        "--k",
-        type=k_number,
-        help=f"growing mini-batch: step size in (0, 1), cap >= batch size, or none (pruning: {prune['k'] or 'none'})",
-    )
-    group.add_argument(
-        "--growth", choices=("linear", "exponential"), default="linear", help="growth for a step size (linear)"
-    )
-    group.add_argument("--max_batch_size", type=count, help="bound for a step size (2 x batch size)")
-    group.add_argument("--no_restart", action="store_true", help="continue the growth over epochs, as in the paper")
-    group.add_argument("--v", type=not_negative, help="weight of the heavy ball (0.1)")
-    group.add_argument(
-        "--heavy_ball",
-        choices=("paper", "released"),
-        default="paper",
-        help="true heavy ball, or the release's, which is zero",
-    )
-    group.add_argument("--norm", type=int, choices=(2, 1), default=2, help="norm that ranks filters (2)")
-    group.add_argument(
-        "--no_regrow", action="store_true", help="a removed filter stays removed (as in the paper, it may come back)"
-    )
-    group.add_argument(
-        "--threshold_every", choices=("step", "epoch"), default="step", help="when filters are thresholded (step)"
-    )
-    group.add_argument(
-        "--widths_of",
-        type=path_name,
-        metavar="FILE",
-        help="a new network as narrow as this small network's file: the small network trained from scratch",
-    )
-
-    group = parser.add_argument_group("distillation")
-    group.add_argument(
-        "--arch_small", metavar="ARCH", help="the student; --arch is then the teacher, as in the release"
-    )
-    group.add_argument("--teacher", type=path_name, metavar="FILE", help="checkpoint of the trained teacher")
-    group.add_argument("--loss", choices=LOSSES, help="distance between student and teacher (MSE; KL on logits)")
-    group.add_argument("--kd_on", choices=KD_ON, help="what is compared (feature: penultimate features; for KL logits)")
-    group.add_argument("--kd_weight", type=not_negative, default=1.0, help="weight of the distance (1)")
-    group.add_argument("--kd_T", type=positive, default=4.0, help="temperature of KL (4)")
-    group.add_argument("--share_classifier", action="store_true", help="start from the teacher's last layer")
-    group.add_argument(
-        "--head_width", type=count, help="two-layer head of this width for a CIFAR ResNet (released checkpoint: 20)"
-    )
-
-    group = parser.add_argument_group("speed")
-    formats = group.add_mutually_exclusive_group()
-    formats.add_argument(
-        "--amp", action="store_true", default=None, help="bfloat16 autocast (default: on GPUs whose hardware has it)"
-    )
-    formats.add_argument("--no_amp", dest="amp", action="store_false", help="float32 throughout")
-    group.add_argument("--compile", action="store_true", help="compile the network first: a minute, then faster steps")
-    group.add_argument(
-        "--deterministic", action="store_true", help="the same bits in every run on a GPU, slower (a CPU always does)"
-    )
-
-    group = parser.add_argument_group("several processes (torchrun), memory")
-    group.add_argument(
-        "--max_images_per_step",
-        type=count,
-        metavar="N",
-        help="images that a process takes through the network at once; larger shares of a mini-batch are added up (no bound)",
-    )
-    group.add_argument(
-        "--sync_bn",
-        action="store_true",
-        help="BatchNorm statistics over all processes (GPUs; default: over each process's share)",
-    )
-    group.add_argument(
-        "--dist_timeout", type=positive, default=600, metavar="S", help="give a silent process up after S seconds (600)"
-    )
-
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--save_path",
-        "--save_dir",
-        type=path_name,
-        help="folder for log, checkpoints and results (runs/<recipe>-<dataset>-<network>-...)",
-    )
-    group.add_argument(
-        "--resume",
-        type=path_name,
-        metavar="FILE",
-        help="checkpoint to continue, or to start from (finetune, evaluate); auto: the one in --save_path, if any",
-    )
-    group.add_argument(
-        "--save_every",
-        type=count,
-        metavar="N",
-        help="mini-batches between two checkpoints within an epoch (none: at the end of every epoch)",
-    )
-    group.add_argument("--evaluate", "-e", action="store_true", help="only test the network of --resume")
-    group.add_argument(
-        "--recalibrate",
-        type=count,
-        metavar="N",
-        help="with --evaluate: take BatchNorm's statistics anew, over N mini-batches of training images",
-    )
-    group.add_argument("--manualSeed", "--seed", type=seed_number, default=1, help="seed of everything random (1)")
-    group.add_argument("--workers", "-j", type=whole, default=0, help="processes that make mini-batches (0: this one)")
-    group.add_argument(
-        "--prefetch_factor",
-        type=count,
-        default=2,
-        metavar="N",
-        help="mini-batches that each worker makes in advance (2)",
-    )
-    group.add_argument(
-        "--print_freq", "--print_frequency", "-p", type=count, default=200, help="mini-batches between log lines (200)"
-    )
-    group.add_argument("--ngpu", type=whole, help="0: CPU; 1: one GPU per process (default: a GPU where there is one)")
-    group.add_argument(
-        "--use_state_dict", action="store_true", help="taken for the release's command lines; always so here"
-    )
-
-
-def is_setting(name: str, value) -> bool:
-    """Whether a value from a checkpoint's settings is one that the command line could have given."""
-    parser = OneLineParser()
-    add_training_options(parser)
-    action = next((action for action in parser._actions if action.dest == name), None)
-    if action is None:
-        # An option of one script alone (data path, data set): the script looks at it.
-        return value is None or type(value) in (str, int, bool)
-    if action.nargs == 0 or action.type is switch:
-        return isinstance(value, bool) or value is action.default is None
-    if value is None:
-        return True
-    if isinstance(value, list) != (action.nargs == "+"):
-        return False
+def kd_term(text: str) -> str:
+    """An argparse type: a distillation term in its canonical form; see utils.train.losses."""
     try:
-        for entry in value if isinstance(value, list) else [value]:
-            if parser._get_value(action, str(entry)) != entry:
-                return False
-            parser._check_value(action, entry)
-    except argparse.ArgumentError:
-        return False
-    return True
+        return str(parse_term(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--kd ")) from None
 
 
-def resolve_recipe(args: argparse.Namespace, given: set[str], recipes: dict[str, dict] = RECIPES) -> argparse.Namespace:
-    """Fills in the recipe's numbers, makes HTrate and prune_rate agree, and checks what single flags cannot.
+@dataclass(frozen=True)
+class Option:
+    """One option of the training scripts.
+
+    Attributes:
+        name: `--name` on the command line, `args.name`, and its name in checkpoints and results.json.
+        help: its text in --help.
+        type: argparse type of one value; None for a flag without a value.
+        default: where neither command line nor checkpoint gives it; RECIPE for the recipe's number.
+        flags: further spellings.
+        settings: further arguments of argparse (choices, metavar, nargs, const).
+        same_run: runs that differ in it are different runs: `--resume` takes it over and reports a change, `--resume
+            auto` passes over runs with another value.
+        batches: it decides which images make a mini-batch, so a position within an epoch is lost with a change.
+        network: it describes network or images: a new run that starts from a checkpoint takes it over too.
+        recipe: results that differ in it are not seeds of one recipe.
+        phrases: its values in the words of the tables; other values read "name value".
+        idle: whether it has no effect beside the other settings.
+        scripts: "cifar", "imagenet", or "" for both.
+    """
+
+    name: str
+    help: str
+    type: Callable | None = None
+    default: object = None
+    flags: tuple[str, ...] = ()
+    settings: dict = field(default_factory=dict)
+    same_run: bool = False
+    batches: bool = False
+    network: bool = False
+    recipe: bool = False
+    phrases: dict = field(default_factory=dict)
+    idle: Callable[[dict], bool] = lambda settings: False
+    scripts: str = ""
+
+    @property
+    def many(self) -> bool:
+        return self.settings.get("nargs") == "+"
+
+
+def _recipe_option(name: str, *args, **more) -> Option:
+    """An option that is part of what a result is: of the run and of its recipe."""
+    return Option(name, *args, same_run=True, recipe=True, **more)
+
+
+def _no_teacher(s: dict) -> bool:
+    return not s["teacher"]
+
+
+def _keeps_all(s: dict) -> bool:
+    return s["HTrate"] == 1
+
+
+def _not_gradual(s: dict) -> bool:
+    return s["recipe"] != "prune_gradual"
+
+
+OPTIONS: dict[str, list[Option]] = {
+    "data and network": [
+        Option("dataset", "data set; folder: an image tree of your own (cifar10)", str, "cifar10",
+               settings=dict(choices=DATASETS), same_run=True, batches=True, network=True, scripts="cifar"),
+        Option("image_size", "height and width that images are scaled to (folder: 32; ImageNet: 224)", IMAGE_SIZE,
+               settings=dict(metavar="PIXELS"), same_run=True, network=True, recipe=True),
+        Option("use_pretrain", "start from the weights in FILE, or without FILE from torchvision's, downloaded",
+               path_name, settings=dict(nargs="?", const="torchvision", metavar="FILE"), same_run=True,
+               scripts="imagenet"),
+        Option("on_bad_image", "what an image file that cannot be read does (skip)", str, "skip",
+               settings=dict(choices=("skip", "stop")), scripts="imagenet"),
+    ],
+    "recipe and training": [
+        Option("epochs", "passes over the data", COUNT, RECIPE, recipe=True),
+        _recipe_option("batch_size", "images in the first mini-batch, over all processes", COUNT, RECIPE, flags=("-b",),
+                       batches=True),
+        _recipe_option("learning_rate", "learning rate of epoch 0; for cosine the highest", POSITIVE, RECIPE,
+                       flags=("--lr",)),
+        _recipe_option("momentum", "momentum of SGD", NOT_NEGATIVE, RECIPE),
+        _recipe_option("nesterov", "Nesterov's momentum", switch, RECIPE, settings=dict(metavar="on|off")),
+        _recipe_option("decay", "weight decay", NOT_NEGATIVE, RECIPE, flags=("--weight_decay", "--wd")),
+        _recipe_option("lr_schedule", "steps: --schedule and --gammas; cosine: from --learning_rate to 0", str, RECIPE,
+                       settings=dict(choices=("steps", "cosine"))),
+        _recipe_option("warmup", "epochs in which the learning rate of cosine rises from 0", NOT_NEGATIVE, RECIPE,
+                       settings=dict(metavar="EPOCHS"), idle=lambda s: s["lr_schedule"] == "steps"),
+        _recipe_option("schedule", "epochs at which the learning rate changes", WHOLE, RECIPE,
+                       settings=dict(nargs="+", metavar="EPOCH"), idle=lambda s: s["lr_schedule"] == "cosine"),
+        _recipe_option("gammas", "factors at these epochs", POSITIVE, RECIPE, settings=dict(nargs="+", metavar="G"),
+                       idle=lambda s: s["lr_schedule"] == "cosine"),
+        Option("fit_schedule", "scale the recipe's milestones to --epochs", default=False),
+    ],
+    "pruning": [
+        _recipe_option("HTrate", "share of filters KEPT in every convolution", KEPT_RATE, RECIPE, network=True),
+        Option("prune_rate", "share of filters REMOVED: 0.3 is --HTrate 0.7", PRUNED_RATE),
+        _recipe_option("k", "growing mini-batch: step size in (0, 1), cap >= batch size, or none", k_number, RECIPE,
+                       batches=True, phrases={None: "fixed mini-batch"}),
+        _recipe_option("growth", "growth for a step size (linear)", str, "linear",
+                       settings=dict(choices=("linear", "exponential")), batches=True,
+                       idle=lambda s: s["k"] is None or s["k"] >= 1),
+        _recipe_option("max_batch_size", "bound for a step size (2 x batch size)", COUNT, batches=True,
+                       idle=lambda s: s["k"] is None or s["k"] >= 1),
+        _recipe_option("no_restart", "continue the growth over epochs, as in the paper", default=False, batches=True,
+                       phrases={True: "growth continues over epochs"}, idle=lambda s: s["k"] is None),
+        _recipe_option("v", "weight of the heavy ball", NOT_NEGATIVE, RECIPE, phrases={0: "no heavy ball"}),
+        _recipe_option("heavy_ball", "true heavy ball, or the release's, which is zero (paper)", str, "paper",
+                       settings=dict(choices=("paper", "released")), phrases={"released": "heavy ball released"},
+                       idle=lambda s: not s["v"]),
+        _recipe_option("norm", "norm that ranks filters (2)", int, 2, settings=dict(choices=(2, 1)), network=True,
+                       idle=_keeps_all),
+        _recipe_option("no_regrow", "a removed filter stays removed (in the paper it may come back)", default=False,
+                       phrases={True: "no regrowth"}, idle=lambda s: _keeps_all(s) or not _not_gradual(s)),
+        _recipe_option("threshold_every", "when filters are thresholded (step)", str, "step",
+                       settings=dict(choices=("step", "epoch")), phrases={"epoch": "threshold per epoch"},
+                       idle=lambda s: _keeps_all(s) or not _not_gradual(s)),
+        Option("widths_of", "a new network as narrow as this small network's file: the small network from scratch",
+               path_name, settings=dict(metavar="FILE"), same_run=True, scripts="cifar"),
+    ],
+    "gradual pruning (--recipe prune_gradual)": [
+        _recipe_option("macs_cut", "share of the multiply-adds to remove, instead of a rate of filters",
+                       number(float, lambda x: 0 < x < 1, "a share of the multiply-adds in (0, 1)"), idle=_not_gradual),
+        _recipe_option("prune_begin", "share of the steps before the first removal", SHARE, RECIPE, idle=_not_gradual),
+        _recipe_option("prune_end", "share of the steps after which nothing more is removed", SHARE, RECIPE,
+                       idle=_not_gradual),
+        _recipe_option("prune_score", "score of a filter: its norm, |gamma| of its BatchNorm, or Taylor (norm)", str,
+                       "norm", settings=dict(choices=("norm", "gamma", "taylor")), idle=_not_gradual),
+        _recipe_option("tied", "remove channels that are added together, together (on)", switch, True,
+                       settings=dict(metavar="on|off"), phrases={False: "untied"}, idle=_not_gradual),
+        _recipe_option("allocation", "the same rate in all layers, or chosen over the whole network (uniform)", str,
+                       "uniform", settings=dict(choices=("uniform", "global")), idle=_not_gradual),
+        _recipe_option("round_to", "make widths multiples of N (1)", COUNT, 1, settings=dict(metavar="N"),
+                       idle=_not_gradual),
+        Option("shrink", "cut removed filters out of the network while it trains (on)", switch, True, same_run=True,
+               settings=dict(metavar="on|off"), idle=_not_gradual),
+    ],
+    "distillation": [
+        Option("arch_small", "the student; --arch is then the teacher, as in the release", str,
+               settings=dict(metavar="ARCH")),
+        Option("teacher", "checkpoint of the trained teacher", path_name, settings=dict(metavar="FILE")),
+        _recipe_option("kd", "what is compared, by which loss, how weighted: ON:LOSS[:WEIGHT[:NAME=VALUE,...]] with ON "
+                       f"feature, stages or logits and LOSS {', '.join(LOSSES)} (recipe: feature:MSE:1)",
+                       kd_term, RECIPE, settings=dict(nargs="+", action="extend", metavar="TERM"), idle=_no_teacher),
+        Option("loss", "the release's flag: --loss X is --kd feature:X, for losses between logits logits:X", str,
+               settings=dict(choices=LOSSES)),
+        _recipe_option("ce_weight", "weight of the cross-entropy beside the terms", NOT_NEGATIVE, RECIPE,
+                       idle=_no_teacher),
+        _recipe_option("share_classifier", "start from the teacher's last layer", default=False, idle=_no_teacher),
+        _recipe_option("head_width", "two-layer head of this width for a CIFAR ResNet (released checkpoint: 20)", COUNT,
+                       network=True, scripts="cifar"),
+    ],
+    "speed": [
+        Option("amp", "bfloat16 autocast (default: on GPUs whose hardware has it)", same_run=True),
+        Option("no_amp", "float32 throughout, on a GPU without TF32", default=False),
+        Option("tf32", "TF32 in convolutions and matrix products of a GPU, outside evaluation", default=False,
+               same_run=True),
+        Option("compile", "compile the network first: a minute, then faster steps", default=False, same_run=True),
+        Option("deterministic", "the same bits in every run on a GPU, slower (a CPU always does)", default=False,
+               same_run=True),
+    ],
+    "several processes (torchrun), memory": [
+        _recipe_option("max_images_per_step", "images that a process takes through the network at once; the gradients "
+                       "of a larger share are accumulated (no bound)", COUNT, settings=dict(metavar="N")),
+        _recipe_option("sync_bn", "BatchNorm statistics over all processes (GPUs; default: over each one's share)",
+                       default=False),
+        Option("dist_timeout", "seconds after which a silent process is given up (600)", POSITIVE, DIST_TIMEOUT,
+               settings=dict(metavar="S")),
+    ],
+    "run": [
+        Option("save_path", "folder for log, checkpoints and results (runs/<recipe>-<dataset>-<network>-...)",
+               path_name, flags=("--save_dir",)),
+        Option("resume", "checkpoint to continue, or to start from (finetune, prune_gradual, evaluate); auto: the one "
+               "in --save_path, if any", path_name, settings=dict(metavar="FILE")),
+        Option("save_every", "mini-batches between two checkpoints within an epoch (none: at its end)", COUNT,
+               settings=dict(metavar="N")),
+        Option("evaluate", "only test the network of --resume", default=False, flags=("-e",)),
+        Option("recalibrate", "with --evaluate: BatchNorm statistics anew, over N mini-batches of training images",
+               COUNT, settings=dict(metavar="N")),
+        Option("manualSeed", "seed of everything random (1)", SEED, 1, flags=("--seed",), same_run=True, batches=True),
+        Option("workers", "processes that make mini-batches (0: this one; ImageNet: the cores)", WHOLE, None,
+               flags=("-j",)),
+        Option("prefetch_factor", "mini-batches that each worker makes in advance (2)", COUNT, 2,
+               settings=dict(metavar="N")),
+        Option("print_freq", "mini-batches between log lines (200)", COUNT, 200, flags=("--print_frequency", "-p")),
+        Option("ngpu", "0: CPU; 1: one GPU per process (default: a GPU where there is one)", WHOLE),
+        Option("use_state_dict", "accepted for the release's command lines; always so here", default=False),
+    ],
+}  # fmt: skip
+# Options that every script words for itself. The teacher is told by its content (teacher_sha256), not by its path.
+RECIPE_OPTION = Option("recipe", "numbers for everything below that is not given (prune)", str, None, same_run=True)
+ALL: dict[str, Option] = {
+    option.name: option
+    for options in ([RECIPE_OPTION, Option("teacher_sha256", "", same_run=True)], *OPTIONS.values())
+    for option in options
+}
+EXCLUSIVE = (("HTrate", "prune_rate", "macs_cut"), ("amp", "no_amp", "tf32"), ("kd", "loss"))
+
+
+def make_parser(script: str, description: str, arch: str, archs: str) -> OneLineParser:
+    """The parser of a training script; what it parses holds the options that the command line gives, and no others.
 
     Args:
-        args: options of a command line, completed here.
-        given: names of those it gives.
-        recipes: numbers for what they leave open.
+        script: "cifar" or "imagenet".
+        arch: the default network, for the help text.
+        archs: the networks there are, for the help text.
+    """
+    parser = OneLineParser(
+        usage="%(prog)s [DATA] [options]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("data_path", nargs="?", help="where the images are (CIFAR: or go; ./data)")
+    recipes = recipes_of("imagenet" if script == "imagenet" else "cifar10")
+    parser.add_argument("--recipe", choices=recipes, help=RECIPE_OPTION.help)
+    parser.add_argument("--arch", "-a", metavar="ARCH", help=f"network ({arch}): {archs}")
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            if option.scripts in ("", script):
+                _add(group, option, recipes)
+    return parser
+
+
+def _add(group: argparse._ArgumentGroup, option: Option, recipes: dict[str, dict]) -> None:
+    help = option.help
+    if option.default is RECIPE and "recipe" not in help:
+        names = [name for name in ("baseline", "prune") if recipes[name][option.name] is not None]
+        texts = [" ".join(as_words(option, recipes[name][option.name])[1:]) for name in names]
+        help += f" (recipe: {', pruning '.join(dict.fromkeys(texts)) or 'none'})"
+    kind = dict(action="store_true") if option.type is None else dict(type=option.type, **option.settings)
+    group.add_argument(f"--{option.name}", *option.flags, help=help.replace("%", "%%"), **kind)
+
+
+def as_words(option: Option, value) -> list[str]:
+    """The words of a command line that give an option this value; [] for a flag that is off."""
+    if option.type is None:
+        return [f"--{option.name}"] if value else []
+    return [f"--{option.name}", *map(_word, value if isinstance(value, (list, tuple)) else [value])]
+
+
+def _word(value) -> str:
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return {True: "on", False: "off", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def recipe_settings(recipe: str, dataset: str) -> dict:
+    """The value of every option where a command line gives nothing but --recipe."""
+    numbers = recipes_of(dataset).get(recipe, {})
+    values = {name: numbers.get(name) if o.default is RECIPE else o.default for name, o in ALL.items()}
+    return {**values, "recipe": recipe, "dataset": dataset}
+
+
+def identity(settings: dict) -> dict:
+    """The options that make a recipe, with their values, less those that have no effect beside the others.
+
+    Args:
+        settings: of a run; options that are missing get the recipe's value.
+    """
+    known = {**recipe_settings(settings["recipe"], settings["dataset"]), **settings}
+    return {name: known[name] for name, option in ALL.items() if option.recipe and not option.idle(known)}
+
+
+def phrase(name: str, value) -> str:
+    """An option's value in words, for tables: "no regrowth", "decay 0.001"."""
+    option = ALL.get(name)
+    known = {} if option is None or isinstance(value, list) else option.phrases
+    text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+    return known.get(value, f"{name} {text}") if known else f"{name} {text}"
+
+
+def parse(parser: OneLineParser, argv: Sequence[str]) -> dict:
+    """The options that a command line gives.
 
     Raises:
-        UserError: flags that contradict each other.
+        UserError: an unknown option, a bad value, or two options that exclude each other.
     """
-    if args.prune_rate is not None:
+    given = vars(parser.parse_args(argv))
+    for names in EXCLUSIVE:
+        both = [name for name in names if given.get(name, False) is not False]
+        if len(both) > 1:
+            raise UserError(f"--{both[0]} and --{both[1]} exclude each other; give one")
+    return given
+
+
+def check_saved(parser: OneLineParser, name: str, value, path: str) -> None:
+    """Raises UserError where a checkpoint's setting is none that the command line could give."""
+    option = ALL.get(name)
+    plain = value is None or isinstance(value, (str, bool)) or (option is not None and option.type is not None)
+    try:
+        words = as_words(option, value) if option and value is not None and plain and name != "teacher_sha256" else []
+        got = vars(parser.parse_args(words)).get(name, value) if plain else None
+    except (UserError, TypeError, ValueError):
+        plain, got = False, None
+    if not plain or got != value:
+        raise UserError(f"'{path}' was saved with {name}={value!r}, which is no such setting; give --{name}")
+
+
+def resolve(given: dict, adopted: dict, *, family: str, arch: str) -> argparse.Namespace:
+    """All settings of a run.
+
+    Args:
+        given: options of the command line; see `parse`.
+        adopted: settings of the checkpoint that is resumed, as far as this run takes them over.
+        family: "imagenet", or "cifar" for every data set of the CIFAR script.
+        arch: the network where neither names one.
+
+    Raises:
+        UserError: options that contradict each other.
+    """
+    chosen = {**adopted, **given}
+    if "prune_rate" in given:
         # Rounded, as 1 - 0.9 is 0.09999999999999998.
-        args.HTrate = round(1 - args.prune_rate, 12)
-    if args.recipe is None:
-        args.recipe = (
-            "prune" if not args.arch_small and not args.teacher else "distill" if args.HTrate == 1 else "prune_distill"
-        )
-    recipe = recipes[args.recipe]
-    if args.recipe in ("baseline", "distill") and args.HTrate not in (None, 1):
-        instead = "prune" if args.recipe == "baseline" else "prune_distill"
-        raise UserError(f"recipe {args.recipe} keeps every filter, got HTrate={args.HTrate:g}; use --recipe {instead}")
-    if args.recipe in ("baseline", "distill") and args.v:
-        raise UserError(f"recipe {args.recipe} is plain SGD, got --v {args.v:g}; leave it out")
-    if args.teacher and args.recipe in ("baseline", "prune"):
-        instead = "distill" if args.recipe == "baseline" else "prune_distill"
-        raise UserError(f"recipe {args.recipe} has no teacher; use --recipe {instead}, or leave --teacher out")
-    idle = sorted(given & {"kd_on", "kd_weight", "kd_T", "share_classifier"})
-    if idle and not args.teacher:
-        raise UserError(f"--{idle[0]} needs a teacher; add --teacher FILE")
-    if args.heavy_ball == "released" and args.threshold_every == "epoch":
-        raise UserError(
-            "--heavy_ball released thresholds at every step, as the release; leave out --threshold_every epoch"
-        )
-    args.kd_on = args.kd_on or ("logits" if args.loss == "KL" else "feature")
-    args.loss = args.loss or "MSE"
-    if args.loss == "KL" and args.kd_on != "logits":
-        raise UserError(
-            f"--loss KL compares logits, got --kd_on {args.kd_on}; use --kd_on logits, or --loss MSE, L1 or SmoothL1"
-        )
-    if args.fit_schedule and args.schedule is not None:
-        raise UserError("--fit_schedule scales the recipe's milestones; give it or --schedule, not both")
-    if args.fit_schedule:
-        args.schedule = fit_schedule(recipe["schedule"], args.epochs or recipe["epochs"], recipe["epochs"])
-    for key in RECIPE_KEYS:
-        if getattr(args, key) is None:
-            setattr(args, key, recipe[key])
-    args.k = None if args.k == "none" else args.k
+        chosen["HTrate"] = round(1 - given["prune_rate"], 12)
+    if "recipe" not in chosen:
+        distils = chosen.get("arch_small") or chosen.get("teacher")
+        chosen["recipe"] = "prune" if not distils else "distill" if chosen.get("HTrate") == 1 else "prune_distill"
+    dataset = "imagenet" if family == "imagenet" else chosen.get("dataset", "cifar10")
+    defaults = recipe_settings(chosen["recipe"], dataset)
+    recipe = recipes_of(dataset)[chosen["recipe"]]
+    if chosen.get("resume") or chosen.get("use_pretrain"):
+        defaults.update(recipe.get("trained", {}))
+    if given.get("loss"):
+        on = "logits" if "feature" not in LOSSES[given["loss"]].compares else "feature"
+        chosen["kd"] = [kd_term(f"{on}:{given['loss']}")]
+    if given.get("no_amp") or given.get("tf32"):
+        chosen["amp"] = False
+    if given.get("fit_schedule"):
+        if "schedule" in given:
+            raise UserError("--fit_schedule scales the recipe's milestones; give it or --schedule, not both")
+        chosen["schedule"] = fit_schedule(recipe["schedule"], chosen.get("epochs", recipe["epochs"]), recipe["epochs"])
+    if "macs_cut" in given:
+        chosen["HTrate"] = 1.0
+    args = argparse.Namespace(**{"data_path": None, "arch": arch, **defaults, **chosen, "dataset": dataset})
     args.prune_rate = round(1 - args.HTrate, 12)
-    if len(args.schedule) != len(args.gammas):
-        raise UserError(
-            f"--schedule has {len(args.schedule)} epochs and --gammas {len(args.gammas)} factors; give as many of each"
-        )
-    if sorted(args.schedule) != args.schedule:
-        raise UserError(f"--schedule must ascend, got {' '.join(map(str, args.schedule))}")
-    if args.recipe == "finetune" and not args.resume:
-        raise UserError("recipe finetune starts from a pruned checkpoint; add --resume FILE")
-    if args.widths_of and args.evaluate:
-        raise UserError(
-            f"--widths_of '{args.widths_of}' makes a new network, there is nothing to evaluate; leave one out"
-        )
-    if args.widths_of and args.HTrate < 1:
-        raise UserError(
-            f"--widths_of '{args.widths_of}' trains a small network as it is, HTrate {args.HTrate:g} would prune it again; add --recipe baseline"
-        )
-    if args.recalibrate and not args.evaluate:
-        raise UserError(f"--recalibrate {args.recalibrate} is for a test alone; add --evaluate, or leave it out")
-    if args.evaluate and not args.resume and not getattr(args, "use_pretrain", None):
-        raise UserError("--evaluate tests a trained network; add --resume FILE")
+    # The network that is trained; --arch names the teacher when there is an --arch_small.
+    args.student = args.arch_small or args.arch
+    _check(args, given)
     return args
+
+
+def _check(args: argparse.Namespace, given: dict) -> None:
+    """Raises UserError where options contradict each other."""
+    gradual = args.recipe == "prune_gradual"
+    only_gradual = [o.name for o in OPTIONS["gradual pruning (--recipe prune_gradual)"] if o.name in given]
+    only_teacher = [name for name in ("kd", "ce_weight", "share_classifier") if name in given]
+    plain = args.recipe in ("baseline", "distill")
+    with_teacher = {"baseline": "distill", "prune": "prune_distill"}
+    rate, schedule = f"HTrate={args.HTrate:g}", " ".join(map(str, args.schedule))
+    widths = f"--widths_of '{args.widths_of}'"
+    rules = [
+        (plain and args.HTrate != 1, f"recipe {args.recipe} keeps every filter, got {rate}; use --recipe "
+         f"{'prune' if args.recipe == 'baseline' else 'prune_distill'}"),
+        (plain and args.v, f"recipe {args.recipe} is plain SGD, got --v {args.v:g}; leave it out"),
+        (args.teacher and args.recipe in with_teacher, f"recipe {args.recipe} has no teacher; use --recipe "
+         f"{with_teacher.get(args.recipe)}, or leave --teacher out"),
+        (only_teacher and not args.teacher, f"--{(only_teacher or [''])[0]} needs a teacher; add --teacher FILE"),
+        (only_gradual and not gradual, f"--{(only_gradual or [''])[0]} is for --recipe prune_gradual; add that"),
+        (gradual and args.prune_begin > args.prune_end,
+         f"--prune_begin {args.prune_begin} comes after --prune_end {args.prune_end}; give an earlier begin"),
+        (gradual and args.HTrate == 1 and not args.macs_cut,
+         f"recipe prune_gradual has nothing to remove, got {rate}; give --HTrate below 1 or --macs_cut"),
+        (gradual and {"no_regrow", "threshold_every", "heavy_ball"} & given.keys(),
+         "--no_regrow, --threshold_every and --heavy_ball are for the papers' recipes; leave them out"),
+        (args.heavy_ball == "released" and args.threshold_every == "epoch",
+         "--heavy_ball released thresholds at every step, as the release; leave out --threshold_every epoch"),
+        (len(args.schedule) != len(args.gammas), f"--schedule has {len(args.schedule)} epochs and --gammas "
+         f"{len(args.gammas)} factors; give as many of each"),
+        (sorted(args.schedule) != list(args.schedule), f"--schedule must ascend, got {schedule}"),
+        (args.recipe == "finetune" and not args.resume,
+         "recipe finetune starts from a pruned checkpoint; add --resume FILE"),
+        (args.widths_of and args.evaluate, f"{widths} makes a new network to train; leave --evaluate out"),
+        (args.widths_of and (args.HTrate < 1 or gradual),
+         f"{widths} trains a small network as it is; add --recipe baseline"),
+        (args.recalibrate and not args.evaluate,
+         f"--recalibrate {args.recalibrate} is for a test alone; add --evaluate, or leave it out"),
+        (args.evaluate and not args.resume and not args.use_pretrain,
+         "--evaluate tests a trained network; add --resume FILE"),
+    ]  # fmt: skip
+    for broken, message in rules:
+        if broken:
+            raise UserError(message)
+    check_terms([parse_term(term) for term in args.kd])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from itertools import groupby
 
 from tqdm import tqdm
 
 from utils.train.distributed import is_first
 from utils.train.engine import RunningMeans
 from utils.train.run_folder import RunFolder
+
+TIME_FORMAT = "%Y-%m-%d-%H:%M:%S"
 
 
 class EpochProgress:
@@ -53,8 +56,8 @@ class EpochProgress:
         if self.is_due(t):
             now = means.read()
             self.run.log(
-                f"  Epoch: [{self.epoch:03d}][{t:03d}/{self.steps:03d}]   Batch {size}   Time {now.seconds:.1f}   "
-                f"Loss {now.loss:.4f}   Prec@1 {now.top1:.3f}   Prec@5 {now.top5:.3f}   [{time.strftime('%Y-%m-%d-%H:%M:%S')}]",
+                f"  Epoch: [{self.epoch:03d}][{t:03d}/{self.steps:03d}]   Batch {size}   Time {now.seconds:.1f}   Loss "
+                f"{now.loss:.4f}   Prec@1 {now.top1:.3f}   Prec@5 {now.top5:.3f}   [{time.strftime(TIME_FORMAT)}]",
                 show=self.bar is None,
             )
             if self.bar is not None:
@@ -65,3 +68,12 @@ def format_seconds(seconds: float) -> str:
     """HH:MM:SS."""
     seconds = round(seconds)
     return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def describe_schedule(sizes: list[int]) -> str:
+    """The mini-batches of an epoch: their sizes, and how many of each where they repeat."""
+    runs = [(size, len(list(same))) for size, same in groupby(sizes)]
+    parts = [f"{size} x{n}" if n > 1 else f"{size}" for size, n in runs]
+    if len(parts) > 12:
+        parts = [*parts[:4], "...", *parts[-4:]]
+    return f"{len(sizes)} mini-batches in the first epoch: {', '.join(parts)} ({sum(sizes)} images)"

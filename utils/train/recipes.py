@@ -1,4 +1,4 @@
-"""The release's training recipes as numbers, and the learning-rate schedule that they share."""
+"""Training recipes as numbers, and the learning-rate schedules that they use."""
 
 from __future__ import annotations
 
@@ -10,13 +10,31 @@ COMMON = dict(
     momentum=0.9,
     nesterov=True,
     decay=5e-4,
+    lr_schedule="steps",
+    warmup=0.0,
     schedule=[1, 60, 120, 160],
     gammas=[10.0, 0.2, 0.2, 0.2],
+    kd=["feature:MSE:1"],
+    ce_weight=1.0,
+    prune_begin=None,
+    prune_end=None,
 )
 PRUNE = dict(batch_size=64, k=128, HTrate=0.7, v=0.1)
 PLAIN = dict(batch_size=128, k=None, HTrate=1.0, v=0.0)
+# This project's own. `trained` holds what differs where training starts from a trained network.
+GRADUAL = dict(
+    lr_schedule="cosine",
+    learning_rate=0.1,
+    warmup=1.0,
+    HTrate=0.7,
+    v=0.0,
+    k=None,
+    prune_begin=0.2,
+    prune_end=0.6,
+    trained=dict(learning_rate=0.05, warmup=0.0, prune_begin=0.05, prune_end=0.5),
+)
 
-# distill and prune_distill need a teacher; finetune starts from a pruned checkpoint.
+# The release's shell scripts. distill and prune_distill need a teacher; finetune starts from a pruned checkpoint.
 RECIPES: dict[str, dict] = {
     "baseline": {**COMMON, **PLAIN},
     "prune": {**COMMON, **PRUNE},
@@ -29,13 +47,14 @@ RECIPES: dict[str, dict] = {
         "gammas": [10.0, 0.2, 0.2, 0.2, 0.5],
     },
     "finetune": {**COMMON, **PRUNE, "learning_rate": 0.001},
+    "prune_gradual": {**COMMON, **GRADUAL, "batch_size": 128},
 }
 
 # The recipe that papers on pruning train torchvision's ResNets by, soft filter pruning's among them.
 IMAGENET_COMMON = dict(
+    COMMON,
     epochs=100,
     learning_rate=0.1,
-    momentum=0.9,
     nesterov=False,
     decay=1e-4,
     schedule=[30, 60, 90],
@@ -49,6 +68,7 @@ IMAGENET_RECIPES: dict[str, dict] = {
     "distill": {**IMAGENET_COMMON, "HTrate": 1.0, "v": 0.0},
     "prune_distill": {**IMAGENET_COMMON, "HTrate": 0.7, "v": 0.1},
     "finetune": {**IMAGENET_COMMON, "HTrate": 0.7, "v": 0.1, "learning_rate": 0.001},
+    "prune_gradual": {**IMAGENET_COMMON, **GRADUAL, "trained": dict(GRADUAL["trained"], learning_rate=0.01)},
 }
 
 
@@ -57,16 +77,27 @@ def recipes_of(dataset: str) -> dict[str, dict]:
     return IMAGENET_RECIPES if dataset == "imagenet" else RECIPES
 
 
-def learning_rate_at(epoch: int, base: float, schedule: list[int], gammas: list[float]) -> float:
-    """Learning rate of an epoch: base times every gamma whose milestone has been reached."""
-    return base * math.prod(gamma for milestone, gamma in zip(schedule, gammas, strict=True) if epoch >= milestone)
+def learning_rate_at(epoch: float, settings: dict) -> float:
+    """Learning rate at a time in epochs: a whole number for the schedule in steps, a fraction for cosine.
+
+    Args:
+        settings: learning_rate, lr_schedule, epochs, warmup, schedule, gammas.
+    """
+    base = settings["learning_rate"]
+    if settings["lr_schedule"] == "steps":
+        steps = zip(settings["schedule"], settings["gammas"], strict=True)
+        return base * math.prod(gamma for milestone, gamma in steps if int(epoch) >= milestone)
+    warmup = min(settings["warmup"], settings["epochs"])
+    if epoch < warmup:
+        return base * epoch / warmup
+    return base * (1 + math.cos(math.pi * (epoch - warmup) / max(settings["epochs"] - warmup, 1e-9))) / 2
 
 
 def fit_schedule(schedule: list[int], epochs: int, full_epochs: int) -> list[int]:
     """Milestones of a recipe of `full_epochs`, scaled to `epochs`.
 
-    Milestone 1, the end of the warm-up epoch, stays; the others keep at least an epoch between them, so a very short run ends
-    before the last of them.
+    Milestone 1, the end of the warm-up epoch, stays; the others keep at least an epoch between them, so a very short
+    run ends before the last of them.
     """
     fitted: list[int] = []
     for milestone in schedule:

@@ -1,11 +1,12 @@
 """What `--resume` means: which checkpoint a run starts from, whether it continues that run, and in which folder.
 
-A checkpoint of this project carries its settings. Resumed, a run takes them over where the command line is silent, so that
-`--resume FILE` alone is the same run. With another --recipe than its own (finetune above all) the file is a starting point
-instead: weights and momentum, a new folder, epoch 0. Files of others have no settings; they continue at their epoch in a new folder.
+A checkpoint of this project carries its settings. Resumed, a run takes them over where the command line gives none, so
+`--resume FILE` alone is the same run. With another --recipe than its own (finetune above all) the file is a starting
+point instead: weights and momentum, a new folder, epoch 0. Files of other projects have no settings; with a recipe that
+starts from trained weights they are a starting point, else the run continues at their epoch in a new folder.
 
-A folder has up to three checkpoints of a run: checkpoint (the latest), previous (the one before) and best. Of these `--resume auto`
-takes the one that is furthest on among those that can be read, and names those that cannot.
+A folder has up to three checkpoints of a run: checkpoint (the latest), previous (the one before) and best. `--resume
+auto` takes the one that is furthest on among those that can be read, and names those that cannot.
 """
 
 from __future__ import annotations
@@ -15,40 +16,25 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import models
 from utils.base import checkpoint as checkpoints
+from utils.base.arguments import OneLineParser
 from utils.base.errors import UserError
-from utils.train.options import is_setting
+from utils.train.distillation import checksum
+from utils.train.options import ALL, check_saved
 from utils.train.run_folder import RUNS, check_writable, file_stamp, holds_a_run, new_run_path
 from utils.train.run_lock import check_free
 
-# Settings that two runs share when they are the same run.
-SAME_RUN = (
-    *("recipe", "dataset", "data_path", "batch_size", "k", "growth", "max_batch_size", "no_restart", "learning_rate"),
-    *(
-        "momentum",
-        "decay",
-        "schedule",
-        "gammas",
-        "HTrate",
-        "v",
-        "heavy_ball",
-        "norm",
-        "threshold_every",
-        "no_regrow",
-        "manualSeed",
-    ),
-    *("teacher", "loss", "kd_on", "kd_weight", "kd_T", "share_classifier", "widths_of"),
-    *("amp", "compile", "deterministic"),
-    *("nesterov", "max_images_per_step", "sync_bn", "image_size", "use_pretrain"),
-)
-# Those that decide which images make up a mini-batch, and so what a position in the middle of an epoch means.
-SAME_BATCHES = ("dataset", "batch_size", "k", "growth", "max_batch_size", "no_restart", "manualSeed")
+SAME_RUN = [name for name, option in ALL.items() if option.same_run]
+SAME_BATCHES = [name for name, option in ALL.items() if option.batches]
+SAME_NETWORK = [name for name, option in ALL.items() if option.network]
 KINDS = ("checkpoint", "previous", "best")
-# Of these a new run that starts from a checkpoint keeps what describes the network.
-SAME_NETWORK = ("dataset", "HTrate", "norm", "image_size")
+# Recipes that start from trained weights: a file without settings is their starting point.
+START_FROM_WEIGHTS = ("finetune", "prune_gradual")
 
 
 @dataclass
@@ -58,7 +44,7 @@ class Start:
     Attributes:
         folder: the run's folder; None with --evaluate.
         checkpoint: its content, None for a new network.
-        continues: epochs, metrics and random states go on; otherwise only weights and momentum are taken.
+        continues: epochs, metrics and random states continue; otherwise only weights and momentum are taken.
         folder_is_its_own: the folder is that of the checkpoint.
         begins_again: the folder holds no more than the log of a run that ended before its first checkpoint.
         file: the checkpoint's.
@@ -76,58 +62,75 @@ class Start:
     notes: list[str] = field(default_factory=list)
 
     def origin(self, resumed: str | None) -> str | None:
-        """The file of another run that gave this one its weights, also when this run is continued later; None for new weights."""
+        """The file of another run that gave this one its weights; None for new weights."""
         if self.checkpoint is None:
             return None
         saved = self.checkpoint.get("settings")
         return saved.get("started_from") if self.continues and saved else resumed
 
 
-def adopt_settings(args: argparse.Namespace, given: set[str], checkpoint: dict | None) -> None:
-    """Fills options that the command line does not give from the settings of the checkpoint that is resumed."""
-    saved = (checkpoint or {}).get("settings")
-    if not saved:
-        return
-    if args.evaluate:
-        names = ("dataset", "image_size")
-    elif is_same_recipe(args, given, saved):
-        names = (*SAME_RUN, "epochs")
-    else:
-        names = SAME_NETWORK
-    if not given & {"arch", "arch_small"}:
-        if not args.evaluate and is_same_recipe(args, given, saved):
-            # --arch may be the teacher's.
-            names = (*names, "arch", "arch_small")
-        else:
-            args.arch = checkpoint["arch"] if isinstance(checkpoint.get("arch"), str) else args.arch
-    taken = given | ({"HTrate"} if "prune_rate" in given else set()) | ({"schedule"} if args.fit_schedule else set())
-    for name in names:
-        if name in saved and name not in taken:
-            if not is_setting(name, saved[name]):
-                raise UserError(
-                    f"'{args.resume}' was saved with {name}={saved[name]!r}, which is no such setting; give --{name}"
-                )
-            # A constant mini-batch is a choice, which the recipe must not fill in again.
-            setattr(args, name, "none" if name == "k" and saved[name] is None else saved[name])
-
-
-def is_same_recipe(args: argparse.Namespace, given: set[str], saved: dict) -> bool:
-    return "recipe" not in given or args.recipe == saved["recipe"]
-
-
-def find_start(args: argparse.Namespace, given: set[str], checkpoint: dict | None, arch: str, name: str) -> Start:
-    """Decides where a run starts. Makes nothing.
+def choose_start(
+    given: dict, parser: OneLineParser, settings: Callable[[dict, dict], argparse.Namespace], arch: str
+) -> tuple[argparse.Namespace, Start]:
+    """The settings, and where the run starts. Writes nothing.
 
     Args:
-        args: the resolved settings; `--resume auto` becomes the file that was found, or None.
-        given: options that the command line gave.
-        checkpoint: the content of the file of --resume, None without one or for auto.
-        arch: the network that is trained.
-        name: of the run's folder in runs/ where no --save_path is given.
+        given: options of the command line.
+        parser: the script's, for settings that come from a checkpoint.
+        settings: the script's function from (given, adopted) to the settings of the run.
+        arch: the network of a file that does not name its own, where the command line names none.
 
     Raises:
         UserError: the checkpoint is of another network, or the folder holds another run or cannot be written to.
     """
+    resume = given.get("resume")
+    # With auto the checkpoint is looked for once the settings are known.
+    arch = given.get("arch_small") or given.get("arch", arch)
+    checkpoint = models.load_checkpoint(resume, arch) if resume not in (None, "auto") else None
+    args = settings(given, adopted_settings(given, parser, checkpoint))
+    has_teacher = args.teacher and os.path.isfile(args.teacher) and not args.evaluate
+    args.teacher_sha256 = checksum(args.teacher) if has_teacher else None
+    return args, find_start(args, given, checkpoint)
+
+
+def adopted_settings(given: dict, parser: OneLineParser, checkpoint: dict | None) -> dict:
+    """Settings that a run takes over from the checkpoint that it resumes; the command line's come before them."""
+    checkpoint = checkpoint or {}
+    saved = checkpoint.get("settings", {})
+    recipe = given.get("recipe", saved.get("recipe"))
+    if given.get("evaluate"):
+        names = [name for name in SAME_NETWORK if name != "HTrate"]
+    elif saved and recipe == saved["recipe"]:
+        names = [*SAME_RUN, "epochs", "data_path", "teacher", "arch", "arch_small"]
+    else:
+        names = [name for name in SAME_NETWORK if name != "HTrate"] + (["HTrate"] if recipe == "finetune" else [])
+    # A rate excludes the other way to give one, --arch the student's name, --fit_schedule a schedule.
+    excluded = {"arch", "arch_small"} if {"arch", "arch_small"} & given.keys() else set()
+    excluded |= {"HTrate", "macs_cut"} if {"HTrate", "prune_rate", "macs_cut"} & given.keys() else set()
+    excluded |= {"kd"} if "loss" in given else set()
+    excluded |= {"schedule"} if "fit_schedule" in given else set()
+    adopted = {name: saved[name] for name in names if name in saved and name not in excluded and name not in given}
+    for name, value in adopted.items():
+        check_saved(parser, name, value, given["resume"])
+    if "arch" not in adopted and not excluded & {"arch"} and "arch" in checkpoint:
+        adopted["arch"] = checkpoint["arch"]
+    if recipe == "finetune" and (checkpoint.get("small") or saved.get("recipe") == "prune_gradual"):
+        adopted["HTrate"] = 1.0  # it is narrow already
+    return adopted
+
+
+def run_name(args: argparse.Namespace) -> str:
+    """The folder in runs/ of a run without --save_path."""
+    rate = f"-cut{args.macs_cut:g}" if args.macs_cut else "" if args.HTrate == 1 else f"-HT{args.HTrate:g}"
+    rate += "-small" if args.widths_of else ""
+    return f"{args.recipe}-{args.dataset}-{args.student}{rate}-seed{args.manualSeed}"
+
+
+def find_start(args: argparse.Namespace, given: dict, checkpoint: dict | None) -> Start:
+    """Decides where a run starts; `--resume auto` in args becomes the file that was found, or None. See
+    choose_start.
+    """
+    arch, name = args.student, run_name(args)
     damaged: list[str] = []
     again = None
     if args.resume == "auto":
@@ -139,12 +142,12 @@ def find_start(args: argparse.Namespace, given: set[str], checkpoint: dict | Non
             print(line, flush=True)
         args.resume = str(found) if found else None
     stamp = file_stamp(Path(args.resume)) if args.resume else None
-    if checkpoint is None and args.evaluate:
-        return Start(None)
-    if checkpoint is None and again is not None:
-        check_writable(again)
-        return Start(again, begins_again=True, notes=damaged)
     if checkpoint is None:
+        if args.evaluate:
+            return Start(None)
+        if again is not None:
+            check_writable(again)
+            return Start(again, begins_again=True, notes=damaged)
         return Start(new_run_path(args.save_path, name), notes=damaged)
     saved_arch = checkpoint.get("arch", arch)
     if saved_arch != arch:
@@ -156,15 +159,12 @@ def find_start(args: argparse.Namespace, given: set[str], checkpoint: dict | Non
         raise UserError(
             f"--widths_of '{args.widths_of}' makes a new network, --resume '{args.resume}' takes one; leave one out"
         )
-    if args.recipe == "finetune" and not saved:
+    if (saved and args.recipe != saved["recipe"]) or (not saved and args.recipe in START_FROM_WEIGHTS):
         return Start(new_run_path(args.save_path, name), checkpoint)
     if not saved:
         return Start(new_run_path(args.save_path, name), checkpoint, continues=True)
-    if not is_same_recipe(args, given, saved):
-        return Start(new_run_path(args.save_path, name), checkpoint)
-    notes = damaged + [
-        f"note: other than in '{args.resume}': {change}" for change in changed_settings(args, checkpoint)
-    ]
+    changes = changed_settings(args, checkpoint)
+    notes = damaged + [f"note: other than in '{args.resume}': {change}" for change in changes]
     _check_position(args, checkpoint)
     own = Path(args.resume).parent
     if args.save_path and Path(args.save_path).resolve() != own.resolve():
@@ -172,7 +172,8 @@ def find_start(args: argparse.Namespace, given: set[str], checkpoint: dict | Non
     check_writable(own)
     check_free(own)
     latest = own / f"checkpoint.{arch}.pth.tar"
-    if not _same_file(latest, args.resume) and _progress(latest) > checkpoints.progress(checkpoint):
+    is_latest = latest.exists() and latest.samefile(args.resume)
+    if not is_latest and _progress(latest) > checkpoints.progress(checkpoint):
         raise UserError(f"'{latest}' is further on than '{args.resume}'; resume it, or choose another --save_path")
     return Start(
         own, checkpoint, continues=True, folder_is_its_own=True, file=Path(args.resume), stamp=stamp, notes=notes
@@ -185,49 +186,50 @@ def _check_position(args: argparse.Namespace, checkpoint: dict) -> None:
     if not position:
         return
     changed = [n for n in SAME_BATCHES if n in checkpoint["settings"] and checkpoint["settings"][n] != getattr(args, n)]
+    where = f"'{args.resume}' is {position} mini-batches into epoch {epoch}"
     if changed:
         raise UserError(
-            f"'{args.resume}' is {position} mini-batches into an epoch, which another --{changed[0]} ({getattr(args, changed[0])}) would "
-            "cut differently; leave it out, or resume a checkpoint from the end of an epoch"
+            f"{where}, which another --{changed[0]} ({getattr(args, changed[0])}) would cut differently; leave it out, "
+            "or resume a checkpoint from the end of an epoch"
         )
     if epoch >= args.epochs:
-        raise UserError(
-            f"'{args.resume}' is {position} mini-batches into epoch {epoch + 1}, --epochs {args.epochs} ends before; use a larger --epochs"
-        )
+        raise UserError(f"{where}, --epochs {args.epochs} ends before; use a larger --epochs")
 
 
 def changed_settings(args: argparse.Namespace, checkpoint: dict) -> list[str]:
-    """Settings that differ from those a checkpoint was written with, "lr 0.01 -> 0.1"."""
+    """Settings of one run that differ from those a checkpoint was written with, "learning_rate 0.01 -> 0.1"."""
     saved = checkpoint["settings"]
     return [f"{n} {saved[n]} -> {getattr(args, n)}" for n in SAME_RUN if n in saved and saved[n] != getattr(args, n)]
 
 
 def _find_run(args: argparse.Namespace, arch: str, name: str, damaged: list[str]) -> tuple[Path | None, dict | None]:
-    """The newest run with these settings that is no longer than this one: its furthest good checkpoint, and the content.
+    """The newest run with these settings that is no longer than this one: its furthest good checkpoint, and the
+    content.
 
     Args:
         damaged: gets a line for every checkpoint that is passed over because it cannot be read.
 
     Raises:
-        UserError: --save_path has checkpoints, and none can be read.
+        UserError: --save_path holds checkpoints of another run, or none that can be read.
     """
     folders = [Path(args.save_path)] if args.save_path else [RUNS / name, *RUNS.glob(f"{name}-*")]
-    matching = []
+    matching, reason = [], None
     for folder in folders:
         file, checkpoint = _furthest(folder, arch, damaged)
         if checkpoint is None:
             continue
-        is_same = "settings" in checkpoint and not changed_settings(args, checkpoint)
-        if is_same and checkpoints.progress(checkpoint) <= (args.epochs, 0):
+        changes = changed_settings(args, checkpoint) if "settings" in checkpoint else ["it has no settings"]
+        if checkpoints.progress(checkpoint) > (args.epochs, 0):
+            changes.append(f"it has {checkpoint['epoch']} epochs, more than --epochs {args.epochs}")
+        if not changes:
             matching.append((file.stat().st_mtime, file, checkpoint))
-    if not matching:
-        if damaged and args.save_path and all(not _readable(folders[0], arch, kind) for kind in KINDS):
-            raise UserError(
-                f"{damaged[0].removeprefix('note: ')}; none in '{folders[0]}' can be read: choose another --save_path"
-            )
-        return None, None
-    _, file, checkpoint = max(matching, key=lambda entry: entry[:2])
-    return file, checkpoint
+        reason = f"holds another run ({', '.join(changes)})"
+    if matching:
+        return max(matching, key=lambda entry: entry[:2])[1:]
+    if args.save_path and (damaged or reason):
+        reason = reason or f"has no checkpoint that can be read ({damaged[0].removeprefix('note: ')})"
+        raise UserError(f"--resume auto: '{args.save_path}' {reason}; choose another --save_path")
+    return None, None
 
 
 def _abandoned(args: argparse.Namespace, name: str) -> Path | None:
@@ -245,7 +247,9 @@ def _abandoned(args: argparse.Namespace, name: str) -> Path | None:
 
 
 def _furthest(folder: Path, arch: str, damaged: list[str]) -> tuple[Path | None, dict | None]:
-    """The checkpoint of a folder that is furthest on: the latest, or where it is missing or damaged the better of the others."""
+    """The checkpoint of a folder that is furthest on: the latest, or where it is missing or damaged the better of the
+    others.
+    """
     found: list[tuple[tuple[int, int], Path, dict]] = []
     for kind in KINDS:
         file = folder / f"{kind}.{arch}.pth.tar"
@@ -257,14 +261,7 @@ def _furthest(folder: Path, arch: str, damaged: list[str]) -> tuple[Path | None,
             damaged.append(f"note: {error}")
             continue
         found.append((checkpoints.progress(checkpoint), file, checkpoint))
-    if not found:
-        return None, None
-    _, file, checkpoint = max(found, key=lambda entry: entry[0])
-    return file, checkpoint
-
-
-def _readable(folder: Path, arch: str, kind: str) -> bool:
-    return _progress(folder / f"{kind}.{arch}.pth.tar") >= (0, 0)
+    return max(found, key=lambda entry: entry[0])[1:] if found else (None, None)
 
 
 def _progress(file: Path) -> tuple[int, int]:
@@ -273,10 +270,6 @@ def _progress(file: Path) -> tuple[int, int]:
         return checkpoints.progress(checkpoints.read(file))
     except UserError:
         return -1, 0
-
-
-def _same_file(a: Path, b: str | Path) -> bool:
-    return a.exists() and a.samefile(b)
 
 
 def resume_command(script: str, argv: list[str], file: str, launcher: list[str]) -> str:

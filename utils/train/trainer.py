@@ -1,15 +1,15 @@
-"""A whole training run: epochs, evaluation, checkpoints, log and results. Both training scripts end here."""
+"""A whole training run: epochs, evaluation, checkpoints, log, results and the small network. Both scripts use it."""
 
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -19,80 +19,293 @@ from AHSG_HT import AHSG_HT
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 from utils.base.signals import Stopped, stop
-from utils.small.counts import multiply_adds
-from utils.small.cut import make_small
-from utils.small.filters import Layer, count_zero_filters, kept_filters
-from utils.small.output import small_table, write_small
-from utils.train.curves import draw_curves
-from utils.train.device import describe_machine, describe_versions
-from utils.train.diagnosis import Watch, explain_test_loss
-from utils.train.distributed import average_batchnorm, gather, is_first, plain_batchnorm, rank, world_size
-from utils.train.engine import PassResult, RunningMeans, evaluate, train_epoch
+from utils.prune.gradual import GradualPruning
+from utils.small.filters import check_plan, count_zero_filters, kept_filters, make_plan
+from utils.train import report
+from utils.train.acceleration import choose_acceleration, compiled_graphs
+from utils.train.distributed import (
+    LostRank,
+    average_batchnorm,
+    describe_loss,
+    gather,
+    is_first,
+    is_lost_connection,
+    launcher,
+    rank,
+    world_size,
+)
+from utils.train.engine import PassResult, RunningMeans, evaluate, format_pass, gather_bad_images, train_step
 from utils.train.optimizer_state import restore_optimizer
 from utils.train.progress import EpochProgress, format_seconds
 from utils.train.recipes import learning_rate_at
+from utils.train.resume import Start, resume_command
 from utils.train.run_folder import RunFolder
+from utils.train.setup import wrap_objective
 
-# Images on which the small network is compared with the masked one.
-COMPARED = 500
 # Seconds between two drawings of the curves while a run is under way.
 DRAW_SECONDS = 60
 
 
-@dataclass
-class Training:
-    """Everything one run needs; `train` runs it.
+class Trainer:
+    """Trains one network; `train` runs the epochs that are left, `finish` writes the small network and the results.
+
+    Args:
+        script, argv: the command line, for the commands that are printed and saved.
+        args: the resolved settings, saved with checkpoints and results.
+        start: where the run starts; see utils.train.resume.
+        images: the data set.
+        net: the network to train, on `device`.
+        optimizer: of its parameters and the objective's adapters.
+        objective: what is minimised; see utils.train.objective.
+        train_loader, test_loader: over the images.
+        network_facts: what a checkpoint must hold besides `arch` for the network to be built again.
+        facts: further entries for results.json.
 
     Attributes:
-        args: the resolved settings, saved with checkpoints and results.
-        arch: registry name of the network that is trained.
-        data_source: where the images came from, in words.
-        objective: what is minimised; see utils.train.objective.
-        plan: filters to keep per convolution.
         history: a row of metrics per epoch of this run.
-        epochs_done: epochs behind the network, more than the history where it came from a file of others.
+        epochs_done: epochs behind the network, more than the history where it came from a file of another project.
         position: mini-batches behind it of the epoch under way; all of them while the network is tested.
-        resume_command: the command line that continues from a file, for the last words of a run that is stopped.
         best: best test accuracy of this run so far, in %; -1 before the first epoch.
-        facts: further entries for results.json.
-        network_facts: what checkpoints say of the network besides `arch`, "library" and "input_shape".
-        start: filters that were not zero in the checkpoint that the run started from; None for a new network.
+        pruning: gradual pruning; None for the other recipes.
     """
 
-    args: argparse.Namespace
-    run: RunFolder
-    arch: str
-    num_classes: int
-    net: nn.Module
-    optimizer: torch.optim.Optimizer
-    objective: Callable
-    train_loader: object
-    test_loader: object
-    device: torch.device
-    plan: list[Layer]
-    data_source: str
-    history: list[dict] = field(default_factory=list)
-    epochs_done: int = 0
-    position: int = 0
-    resume_command: Callable[[str], str] = lambda file: f"--resume {file}"
-    best: float = -1.0
-    facts: dict = field(default_factory=dict)
-    network_facts: dict = field(default_factory=dict)
-    start: dict[str, list[int]] | None = None
-    _means: RunningMeans | None = None
-    _saved_means: dict | None = None
-    _saved: tuple[str, int, int] | None = None
+    def __init__(
+        self,
+        script: str,
+        argv: list[str],
+        args: argparse.Namespace,
+        start: Start,
+        images: data.Data,
+        net: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        objective: Callable,
+        train_loader: data.DataLoader,
+        test_loader: data.DataLoader,
+        device: torch.device,
+        *,
+        network_facts: dict,
+        facts: dict,
+    ):
+        self.argv, self.script, self.args, self.start, self.images = argv, script, args, start, images
+        self.net, self.optimizer, self.train_loader, self.test_loader = net, optimizer, train_loader, test_loader
+        self.device, self.network_facts, self.facts = device, network_facts, facts
+        self.arch = args.student
+        self.history: list[dict] = []
+        self.epochs_done, self.position, self.best, self.pieces = 0, 0, -1.0, 1
+        self._means: RunningMeans | None = None
+        self._saved_means: dict | None = None
+        self._saved: tuple[str, int, int] | None = None
+        self._zero_at_start: dict[str, list[int]] | None = None
+        self.acceleration = choose_acceleration(args, device)
+        self._objective = objective
+        self.largest = max(max(train_loader.sizes(epoch)) for epoch in (0, args.epochs - 1))
+        self.largest = min(-(-self.largest // world_size()), args.max_images_per_step or self.largest)
+        self.example = data.first_images(images.test, 2).cpu()[:1]
+        saved = start.checkpoint if start.continues and "settings" in start.checkpoint else {}
+        self.cost = saved.get("cost") or report.count_network(net, self.example)
+        self.shapes = saved.get("shapes") or {n: list(p.shape) for n, p in net.named_parameters() if p.dim() == 4}
+        self.plan = make_plan(net, optimizer)
+        # Before weights are restored: DistributedDataParallel gives every rank the BatchNorm statistics of the first.
+        self.objective = wrap_objective(objective, net, device, self.acceleration, self.largest)
+        if world_size() > 1:
+            torch.manual_seed(args.manualSeed + rank() * 0x9E3779B1)  # every rank its own dropout
+        if start.checkpoint:
+            self.restore(start.checkpoint, args.resume, continues=start.continues)
+        self.pruning = self._make_pruning(saved.get("pruning")) if args.recipe == "prune_gradual" else None
 
     @property
     def adapters(self) -> nn.Module | None:
         """What is trained beside the network: the adapters of a distilled run."""
-        return getattr(self.objective, "adapters", None)
+        return getattr(self._objective, "adapters", None)
 
     @property
     def thresholds(self) -> bool:
-        return isinstance(self.optimizer, AHSG_HT) and self.args.HTrate < 1
+        """Whether the optimizer thresholds filters by itself."""
+        return isinstance(self.optimizer, AHSG_HT) and any(layer.removed for layer in self.plan)
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def steps_before(self, epoch: int) -> int:
+        """Mini-batches of the epochs before this one."""
+        return sum(len(self.train_loader.sizes(e)) for e in range(epoch))
+
+    def _make_pruning(self, state: dict | None) -> GradualPruning:
+        args = self.args
+        return GradualPruning(
+            self.net,
+            self.optimizer,
+            self.example.to(self.device),
+            steps=self.steps_before(args.epochs),
+            begin=args.prune_begin,
+            end=args.prune_end,
+            HTrate=args.HTrate,
+            macs_cut=args.macs_cut,
+            score=args.prune_score,
+            tied=args.tied,
+            round_to=args.round_to,
+            allocation=args.allocation,
+            shrink=args.shrink,
+            state=state,
+        )
+
+    def train(self, run: RunFolder) -> None:
+        """Runs the epochs that are left, in a folder.
+
+        Raises:
+            Stopped: on SIGTERM or Ctrl-C, after the mini-batch at hand, with a checkpoint.
+            UserError: the loss is not finite, or the filters do not follow the plan.
+        """
+        self.run = run
+        report.log_settings(self)
+        try:
+            with self._explained(), stop.deferred():
+                run.rewrite_metrics(self.history)
+                begin = drawn = time.monotonic()
+                first = self.epochs_done
+                for epoch in range(first, self.args.epochs):
+                    self._log_epoch(epoch, (time.monotonic() - begin) / (epoch - first) if epoch > first else 0)
+                    self._run_epoch(epoch)
+                    if self.epochs_done < self.args.epochs:
+                        is_due = time.monotonic() - drawn > DRAW_SECONDS
+                        report.write(self, curves=is_due)
+                        drawn = time.monotonic() if is_due else drawn
+                    if signum := stop.pending():
+                        raise Stopped(signum)
+        finally:
+            self.train_loader.close()
+            self.test_loader.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Where a signal or a lost process ends the run, the message names what is on the disk and how to continue."""
+        try:
+            yield
+        except Stopped as stopped:
+            command = resume_command(self.script, self.argv, self._saved[0], launcher()) if self._saved else None
+            stopped = Stopped(stopped.signum, self.last_good(), command)
+            self.run.log(f"\n{stopped}", show=False)
+            raise stopped from None
+        except RuntimeError as error:
+            if is_lost_connection(error):
+                go_on = f"with any number of processes continue with --resume {shlex.quote((self._saved or [''])[0])}"
+                remedy = go_on if self._saved else "start the run again"
+                raise LostRank(f"{describe_loss(error)}; {self.last_good()}; {remedy}") from None
+            raise
+
+    def _run_epoch(self, epoch: int) -> None:
+        """Training pass, cut of the network, test pass, checkpoint and metrics of one epoch."""
+        trained = self._train_epoch(epoch)
+        self.run.log(format_pass("Train", trained))
+        self._shrink(epoch)
+        tested = evaluate(self.net, self.test_loader, self.device, on_batch=self._stop_while_testing)
+        self.run.log(format_pass("Test", tested))
+        if not math.isfinite(tested.loss):
+            raise UserError(f"the test loss of epoch {epoch} is {tested.loss}; {self._remedy()}")
+        kept = self.kept()
+        check_same_on_all_ranks(kept, epoch)
+        self._log_bad_images()
+        if self.thresholds:
+            self.run.log(f"  **Filters** zero: {count_zero_filters(self.plan, kept)}")
+        row = dict(
+            epoch=epoch,
+            lr=learning_rate_at(epoch, vars(self.args)),
+            train_loss=trained.loss,
+            train_acc=trained.top1,
+            test_loss=tested.loss,
+            test_acc=tested.top1,
+            images_per_s=trained.images_per_s,
+            seconds=trained.seconds + tested.seconds,
+        )
+        self.history.append(row)
+        self.epochs_done, self.position, self._means = epoch + 1, 0, None
+        is_best = tested.top1 > self.best
+        self.best = max(self.best, tested.top1)
+        self._save(is_best=is_best)
+        self.run.append_metrics(row)
+
+    def _train_epoch(self, epoch: int) -> PassResult:
+        """The training pass of an epoch, or what is left of it."""
+        args, loader, net = self.args, self.train_loader, self.net
+        sizes, first = loader.sizes(epoch), self.position
+        steps, before = len(sizes), self.steps_before(epoch)
+        loader.load_state_dict({"seed": loader.seed, "epoch": epoch, "position": first})
+        means = self._means = RunningMeans(self.device, self._saved_means)
+        self._saved_means = None
+        net.train()
+        with EpochProgress(self.run, epoch, args.epochs, steps, args.print_freq, first) as progress:
+            for t, (images, labels) in enumerate(loader if first < steps else (), start=first):
+                self._set_learning_rate(epoch + t / steps)
+                means.t = t
+                train_step(
+                    self.objective,
+                    net,
+                    images,
+                    labels,
+                    self.optimizer,
+                    means,
+                    device=self.device,
+                    size=sizes[t],
+                    growth=sizes[t] / sizes[0],
+                    epoch=epoch,
+                    final=int(args.threshold_every == "step" or t == steps - 1),
+                    max_images=args.max_images_per_step,
+                    pruning=self.pruning,
+                    step=before + t,
+                    log=self.run.log,
+                )
+                self.position = t + 1
+                is_last = t + 1 == steps
+                is_due = args.save_every is not None and (t + 1) % args.save_every == 0 and not is_last
+                # After the last mini-batch the ranks average BatchNorm first; the test pass stops then.
+                signum = stop.pending()
+                stops = 0 if is_last else signum
+                if is_last or is_due or stops or progress.is_due(t):
+                    self._check_finite(t, means, thorough=bool(is_last or is_due or stops))
+                progress.on_step(t, sizes[t], means)
+                if is_due or stops:
+                    self._save(is_best=False)
+                if stops:
+                    raise Stopped(stops)
+        if first < steps:
+            average_batchnorm(net)
+            self._check_plan(epoch)
+        result = means.read()
+        if result.images_per_s == 0:
+            raise UserError(f"not one training image could be read in epoch {epoch}; check the data path")
+        return result
+
+    def _set_learning_rate(self, epoch: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(epoch, vars(self.args))
+
+    def _shrink(self, epoch: int) -> None:
+        """Cuts the filters that were removed for good out of the network, and wraps what is left of it anew."""
+        if self.pruning is None or self.position == 0:
+            return
+        text = self.pruning.end_of_epoch(self.steps_before(epoch + 1) - 1)
+        if text is not None:
+            self.run.log(text)
+            # The old wrapper must go first: DistributedDataParallel removes its hooks from the parameters then.
+            self.objective = None
+            self.objective = wrap_objective(self._objective, self.net, self.device, self.acceleration, self.largest)
+
+    def kept(self) -> dict[str, list[int]]:
+        """{weight of a convolution: original indices of the filters it keeps}."""
+        return self.pruning.kept if self.pruning else kept_filters(self.net, self.optimizer)
+
+    def _check_finite(self, t: int, means: RunningMeans, *, thorough: bool) -> None:
+        """Stops the run on all ranks where the loss or, if `thorough`, a weight is not finite. Waits for the device."""
+        bad = int(means.first_bad)
+        found = f"the loss of mini-batch {bad}" if bad >= 0 else None
+        if found is None and thorough:
+            found = first_not_finite(self._tensors())
+        findings = gather(found)
+        if any(findings):
+            number, found = next((r, text) for r, text in enumerate(findings) if text)
+            where = f" on rank {number}" if len(findings) > 1 else ""
+            raise UserError(
+                f"{found}{where} is not finite by mini-batch {t} of epoch {self.epochs_done}; {self._remedy()}"
+            )
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Everything that a checkpoint keeps and that must be finite, by name."""
         yield from self.net.state_dict().items()
         yield from (self.adapters.state_dict().items() if self.adapters is not None else ())
@@ -102,126 +315,16 @@ class Training:
                 if isinstance(value, torch.Tensor):
                     yield f"{key} of {names.get(p, 'an adapter')}", value
 
-    def train(self) -> dict | None:
-        """Runs the epochs that are left and returns what it wrote to results.json; None when no epoch was ever run here.
+    def _check_plan(self, epoch: int) -> None:
+        if self.thresholds:
+            try:
+                check_plan(self.plan, self.kept(), self._zero_at_start)
+            except UserError as error:
+                raise UserError(f"after epoch {epoch}: {error}; {self.last_good()}") from None
 
-        Raises:
-            Stopped: on SIGTERM or Ctrl-C, after the mini-batch at hand, with a checkpoint.
-            UserError: the loss is not finite, or the filters break the plan.
-        """
-        try:
-            with stop.deferred():
-                self._run_epochs()
-            if not self.history:
-                return None
-            # Also when no epoch was left: the run may have been killed between its last checkpoint and its results.
-            if is_first():
-                self.facts["network"] = self.count_network()
-            if self.thresholds and is_first():
-                self.facts["small"] = self.write_small()
-            return self.write_results(kept_filters(self.net), curves=True)
-        except Stopped as stopped:
-            command = self.resume_command(self._saved[0]) if self._saved else None
-            stopped = Stopped(stopped.signum, self.last_good(), command)
-            self.run.log(f"\n{stopped}", show=False)
-            raise stopped from None
-        finally:
-            self.train_loader.close()
-            self.test_loader.close()
-
-    def _run_epochs(self) -> None:
-        args = self.args
-        self.run.rewrite_metrics(self.history)
-        last_drawn, begin, begin_epoch = time.monotonic(), time.monotonic(), self.epochs_done
-        for epoch in range(begin_epoch, args.epochs):
-            lr = learning_rate_at(epoch, args.learning_rate, args.schedule, args.gammas)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            done = epoch - begin_epoch
-            need = (time.monotonic() - begin) / done * (args.epochs - epoch) if done else 0
-            self.run.log(
-                f"\n==>>[{time.strftime('%Y-%m-%d-%H:%M:%S')}] [Epoch={epoch:03d}/{args.epochs:03d}] [Need: {format_seconds(need)}] "
-                f"[learning_rate={lr:6.4f}] [Best : Accuracy={max(self.best, 0):.2f}, Error={100 - max(self.best, 0):.2f}]"
-            )
-            trained = self._train_epoch(epoch)
-            self.run.log(format_pass("Train", trained))
-            tested = evaluate(self.net, self.test_loader, self.device, on_batch=self._stop_while_testing)
-            self.run.log(format_pass("Test", tested))
-            if not math.isfinite(tested.loss):
-                layer = explain_test_loss(self.net, self.test_loader, self.device)
-                raise UserError(
-                    f"the test loss of epoch {epoch} is {tested.loss} (learning rate {lr:g}), first not finite: {layer}; "
-                    f"lower --learning_rate; {self.last_good()}"
-                )
-            kept = kept_filters(self.net)
-            check_same_on_all_ranks(kept, epoch)
-            self.log_bad_images()
-            if self.thresholds:
-                self.run.log(f"  **Filters** zero: {count_zero_filters(self.plan, kept)}")
-            row = dict(
-                epoch=epoch,
-                lr=lr,
-                train_loss=trained.loss,
-                train_acc=trained.top1,
-                test_loss=tested.loss,
-                test_acc=tested.top1,
-                images_per_s=trained.images_per_s,
-                seconds=trained.seconds + tested.seconds,
-            )
-            self.history.append(row)
-            self.epochs_done, self.position, self._means = epoch + 1, 0, None
-            is_best = tested.top1 > self.best
-            self.best = max(self.best, tested.top1)
-            self._save(is_best=is_best)
-            self.run.append_metrics(row)
-            if self.epochs_done < args.epochs:
-                self.write_results(kept, curves=time.monotonic() - last_drawn > DRAW_SECONDS)
-                last_drawn = time.monotonic() if time.monotonic() - last_drawn > DRAW_SECONDS else last_drawn
-            if signum := stop.pending():
-                raise Stopped(signum)
-
-    def _train_epoch(self, epoch: int) -> PassResult:
-        """The training pass of an epoch, or what is left of it."""
-        args, loader = self.args, self.train_loader
-        steps, first = len(loader.sizes(epoch)), self.position
-        loader.load_state_dict({"seed": loader.seed, "epoch": epoch, "position": first})
-        self._means = RunningMeans(self.device, self._saved_means)
-        self._saved_means = None
-        watch = Watch(self)
-        watch.begin(epoch, first)
-        with EpochProgress(self.run, epoch, args.epochs, steps, args.print_freq, first) as progress:
-
-            def on_step(t: int, size: int, means: RunningMeans) -> None:
-                self.position = t + 1
-                is_last = t + 1 == steps
-                is_due = args.save_every is not None and (t + 1) % args.save_every == 0 and not is_last
-                # After the last mini-batch the ranks bring BatchNorm together first; the test pass stops then.
-                signum = stop.pending()
-                stops = 0 if is_last else signum
-                if is_last or is_due or stops or progress.is_due(t):
-                    watch.check(t, means, thorough=bool(is_last or is_due or stops))
-                progress.on_step(t, size, means)
-                if is_due or stops:
-                    self._save(is_best=False)
-                if stops:
-                    raise Stopped(stops)
-
-            trained = train_epoch(
-                self.net,
-                loader,
-                self.objective,
-                self.optimizer,
-                self.device,
-                epoch=epoch,
-                threshold_every=args.threshold_every,
-                max_images=args.max_images_per_step,
-                on_step=on_step,
-                first=first,
-                means=self._means,
-            )
-        if first < steps:
-            average_batchnorm(self.net)
-        return trained
+    def _remedy(self) -> str:
+        rate = self.optimizer.param_groups[0]["lr"]
+        return f"learning rate {rate:g}: lower --learning_rate; {self.last_good()}"
 
     def _stop_while_testing(self) -> None:
         if signum := stop.pending():
@@ -240,30 +343,11 @@ class Training:
         within = f" and {position} mini-batches of the next" if position else ""
         return f"'{file}' holds {epochs} of {self.args.epochs} epochs{within}"
 
-    def write_results(self, kept: dict[str, list[int]], *, curves: bool) -> dict:
-        """Writes results.json and, on demand, curves.png; returns the results."""
-        results = self.results(kept)
-        self.run.write_results(results)
-        if curves and is_first():
-            draw_curves(self.history, self.title(), self.run.path / "curves.png")
-        return results
-
-    def log_bad_images(self) -> None:
-        """Names the images that this epoch could not read, and counts those of the run."""
-        fresh = [path for loader in (self.train_loader, self.test_loader) for path in gather_bad_images(loader)]
-        for path in fresh:
-            self.run.log(f"  skipped, cannot be read: {path}")
-        self.facts["images_skipped"] = self.facts.get("images_skipped", 0) + len(fresh)
-        if self.facts["images_skipped"]:
-            self.run.log(f"  **Skipped** {self.facts['images_skipped']} images of this run that cannot be read")
-
-    def title(self) -> str:
-        kept = f", HTrate {self.args.HTrate:g}" if self.thresholds else ""
-        return f"{self.arch} on {self.args.dataset}: {self.args.recipe}{kept}, batch {self.args.batch_size}, seed {self.args.manualSeed}"
-
     def checkpoint(self) -> dict:
-        """The keys of the release (epoch, arch, state_dict, best_prec1, optimizer), and what exact resumption needs. All ranks
-        must ask for it together."""
+        """The keys of the release (epoch, arch, state_dict, best_prec1, optimizer), and what exact resumption needs.
+
+        All ranks must call it together.
+        """
         random_states = gather(checkpoints.random_states())
         return {
             "epoch": self.epochs_done,
@@ -271,22 +355,26 @@ class Training:
             "state_dict": self.net.state_dict(),
             "best_prec1": self.best,
             "optimizer": self.optimizer.state_dict(),
-            "num_classes": self.num_classes,
+            "num_classes": len(self.images.classes),
             "dataset": self.args.dataset,
             **self.network_facts,
             "settings": vars(self.args),
             "history": self.history,
+            "pieces": self.pieces,
+            "cost": self.cost,
+            "shapes": self.shapes,
             "random_states": random_states[0],
             **({"random_states_of_ranks": random_states} if world_size() > 1 else {}),
             "loader": {"seed": self.train_loader.seed, "epoch": self.epochs_done, "position": self.position},
             **self._state_within_epoch(),
             # The student's weights stay deployable by themselves: what only training needs is kept apart.
             **({"adapters": self.adapters.state_dict()} if self.adapters is not None else {}),
+            **({"pruning": self.pruning.state_dict()} if self.pruning is not None else {}),
         }
 
     def _state_within_epoch(self) -> dict:
-        """What a checkpoint from the middle of an epoch has besides: the means so far, and each rank's own BatchNorm statistics,
-        which the end of the epoch brings together."""
+        """What a checkpoint within an epoch holds besides: the means so far, and each rank's own BatchNorm statistics,
+        which are averaged at the end of the epoch."""
         if not self.position:
             return {}
         state = {"running_means": self._means.state_dict()}
@@ -295,17 +383,13 @@ class Training:
         return state
 
     def restore(self, checkpoint: dict, path: str, *, continues: bool) -> None:
-        """Takes weights and momentum from a checkpoint; a run that `continues` also epochs, metrics, loader and random states.
+        """Takes weights and momentum from a checkpoint; a run that `continues` also epochs, metrics and random states.
 
         Raises:
             UserError: weights or optimizer are of another network.
         """
-        if checkpoint.get("arch", self.arch) != self.arch:
-            raise UserError(
-                f"'{path}' is a checkpoint of {checkpoint['arch']}, not of {self.arch}; use --arch {checkpoint['arch']}"
-            )
         checkpoints.load_weights(self.net, checkpoint["state_dict"], path)
-        self.start = kept_filters(self.net)
+        self._zero_at_start = kept_filters(self.net, self.optimizer)
         if self.adapters is not None and "adapters" in checkpoint:
             checkpoints.load_weights(self.adapters, checkpoint["adapters"], path)
         if "optimizer" in checkpoint:
@@ -313,114 +397,86 @@ class Training:
         if not continues:
             return
         self.epochs_done = checkpoint.get("epoch", 0)
-        if "settings" in checkpoint:
-            self.history.extend(checkpoint["history"])
-            self.best = checkpoint["best_prec1"]
-            self.train_loader.load_state_dict(checkpoint["loader"])
-            self.position = checkpoint["loader"]["position"]
-            self._saved_means = checkpoint["running_means"] if self.position else None
-            self._saved = path, self.epochs_done, self.position
-            buffers = checkpoint.get("batchnorm_of_ranks", [])
-            if len(buffers) == world_size():
-                for name, buffer in self.net.named_buffers():
-                    buffer.copy_(buffers[rank()][name])
-            states = checkpoint.get("random_states_of_ranks", [checkpoint["random_states"]])
-            if rank() == 0 or len(states) == world_size():
-                checkpoints.restore_random_states(states[rank()])
-            if len(states) != world_size():
-                self.run.log(
-                    f"note: '{path}' was written by {len(states)} processes, this run has {world_size()}: mini-batches and weights go on as "
-                    "they were; BatchNorm's statistics and dropout depend on how a mini-batch is split"
-                )
-
-    def count_network(self) -> dict[str, int]:
-        """What results.json says of the network that was trained, its zeroed filters included."""
-        net, images = copy.deepcopy(self.net).cpu(), data.first_images(self.test_loader.dataset, 2).cpu()[:1]
-        macs = sum(multiply_adds(net, images).values())
-        return {"multiply_adds": macs, "parameters": sum(p.numel() for p in net.parameters())}
-
-    def write_small(self) -> dict:
-        """Cuts the zeroed filters out and writes small.<arch>.pth.tar; what results.json says of it."""
-        test_images = self.test_loader.dataset
-        # As many pixels as there are in so many CIFAR images: a large network would be compared for minutes.
-        pixels = data.first_images(test_images, 2)[0, 0].numel()
-        images = data.first_images(test_images, max(16, COMPARED * 32 * 32 // pixels)).cpu().contiguous()
-        masked = plain_batchnorm(copy.deepcopy(self.net)).cpu().eval()
-        try:
-            small, report = make_small(masked, images[:1], images)
-            path, facts = write_small(
-                masked,
-                small,
-                report,
-                self.arch,
-                tuple(images.shape[1:]),
-                self.run.path,
-                checkpoint={"dataset": self.args.dataset, **self.network_facts},
+        if "settings" not in checkpoint:
+            return
+        self.history.extend(checkpoint["history"])
+        self.best = checkpoint["best_prec1"]
+        self.pieces = checkpoint["pieces"] + 1
+        self.train_loader.load_state_dict(checkpoint["loader"])
+        self.position = checkpoint["loader"]["position"]
+        self._saved_means = checkpoint["running_means"] if self.position else None
+        self._saved = path, self.epochs_done, self.position
+        buffers = checkpoint.get("batchnorm_of_ranks", [])
+        if len(buffers) == world_size():
+            for name, buffer in self.net.named_buffers():
+                buffer.copy_(buffers[rank()][name])
+        states = checkpoint.get("random_states_of_ranks", [checkpoint["random_states"]])
+        if rank() == 0 or len(states) == world_size():
+            checkpoints.restore_random_states(states[rank()])
+        if len(states) != world_size():
+            self.start.notes.append(
+                f"note: '{path}' was written by {len(states)} processes, this run has {world_size()}: mini-batches and "
+                "weights continue unchanged; BatchNorm's statistics and dropout depend on how a mini-batch is split"
             )
-        except UserError as error:
-            # The trained network is safe in its checkpoint; a run that is done does not fail here.
-            self.run.log(f"no small network was written: {error}")
-            return {"error": str(error)}
-        self.run.log(f"\nsmall network {path}\n{small_table(self.arch, facts, report)}")
-        return facts
 
-    def results(self, kept: dict[str, list[int]]) -> dict:
-        """The content of results.json."""
-        rows = self.history
-        best = max(rows, key=lambda row: row["test_acc"])
-        return {
-            "finished": self.epochs_done >= self.args.epochs,
-            "recipe": self.args.recipe,
-            "dataset": self.args.dataset,
-            "data_source": self.data_source,
-            "synthetic_data": self.args.dataset == "synthetic",
-            "arch": self.arch,
-            "num_classes": self.num_classes,
-            "seed": self.args.manualSeed,
-            "processes": world_size(),
-            "epochs_done": self.epochs_done,
-            "epochs_run_here": len(rows),
-            "last_epoch_accuracy": rows[-1]["test_acc"],
-            "best_epoch_accuracy": best["test_acc"],
-            "best_epoch": best["epoch"],
-            "HTrate": self.args.HTrate,
-            "prune_rate": self.args.prune_rate,
-            "seconds": sum(row["seconds"] for row in rows),
-            "filters": [
-                {
-                    "name": layer.name,
-                    "shape": list(layer.shape),
-                    "kept": len(kept[layer.name]),
-                    "kept_indices": kept[layer.name],
-                }
-                for layer in self.plan
-            ],
-            **self.facts,
-            "settings": vars(self.args),
-            "optimizer": type(self.optimizer).__name__,
-            "machine": describe_machine(self.device),
-            "versions": describe_versions(),
-        }
+    def finish(self) -> dict | None:
+        """Writes the small network of a pruned run, curves.png and results.json; the results, None without an epoch.
+
+        Also when no epoch was left: the run may have been killed between its last checkpoint and its results.
+        """
+        if not self.history:
+            return None
+        with self._explained():
+            if is_first() and (self.thresholds or self.pruning):
+                self.facts["small"] = report.write_small_network(self)
+            results = report.write(self, curves=True)
+        if self.acceleration.compile:
+            self.run.log(f"compiled graphs: {compiled_graphs()}")
+        last, best, epoch = (
+            results[f"{name}"] for name in ("last_epoch_accuracy", "best_epoch_accuracy", "best_epoch")
+        )
+        self.run.log(
+            f"\nlast epoch {last:.2f} %, best epoch {best:.2f} % (epoch {epoch}); log, metrics.csv, curves.png, "
+            f"results.json and checkpoints are in {self.run.path}"
+        )
+        return results
+
+    def _log_epoch(self, epoch: int, seconds: float) -> None:
+        """The release's line at the start of an epoch; seconds: of an epoch so far."""
+        need, best = format_seconds(seconds * (self.args.epochs - epoch)), max(self.best, 0)
+        now = time.strftime("%Y-%m-%d-%H:%M:%S")
+        self.run.log(
+            f"\n==>>[{now}] [Epoch={epoch:03d}/{self.args.epochs:03d}] [Need: {need}] [learning_rate="
+            f"{learning_rate_at(epoch, vars(self.args)):6.4f}] [Best : Accuracy={best:.2f}, Error={100 - best:.2f}]"
+        )
+
+    def _log_bad_images(self) -> None:
+        """Names the images that this epoch could not read, and counts those of the run."""
+        fresh = [path for loader in (self.train_loader, self.test_loader) for path in gather_bad_images(loader)]
+        for path in fresh:
+            self.run.log(f"  skipped, cannot be read: {path}")
+        self.facts["images_skipped"] = self.facts.get("images_skipped", 0) + len(fresh)
+        if self.facts["images_skipped"]:
+            self.run.log(f"  **Skipped** {self.facts['images_skipped']} images of this run that cannot be read")
 
 
-def gather_bad_images(loader) -> list[str]:
-    """Paths of the images that a loader has skipped since the last call, over all ranks."""
-    if not hasattr(loader.dataset, "newly_bad"):
-        return []
-    return sorted({path for paths in gather(loader.dataset.newly_bad()) for path in paths})
+def first_not_finite(tensors: Iterator[tuple[str, torch.Tensor]]) -> str | None:
+    """The first name whose tensor has an entry that is not finite. One wait for the device however many there are."""
+    names, values = [], []
+    for name, tensor in tensors:
+        if tensor.is_floating_point():
+            names.append(name)
+            values.append(torch.isfinite(tensor).all())
+    bad = torch.stack(values).logical_not().nonzero().flatten().tolist() if values else []
+    return names[bad[0]] if bad else None
 
 
 def check_same_on_all_ranks(kept: dict[str, list[int]], epoch: int) -> None:
-    """Raises UserError on every rank when the ranks do not keep the same filters. They decide without a word to each other."""
+    """Raises UserError on every rank when the ranks keep different filters; they choose them without communication."""
     digests = gather(hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16])
     other = next((r for r, digest in enumerate(digests) if digest != digests[0]), None)
     if other is not None:
         raise UserError(
-            f"after epoch {epoch} ranks 0 and {other} keep different filters ({digests[0]} and {digests[other]}): their weights have parted; "
-            "resume the last checkpoint, and look for a machine that computes wrongly"
+            f"after epoch {epoch} ranks 0 and {other} keep different filters ({digests[0]} and {digests[other]}): "
+            "their weights differ; resume the last checkpoint, and look for a machine that computes wrongly"
         )
-
-
-def format_pass(name: str, result: PassResult) -> str:
-    """The release's line, `**Test** Prec@1 .. Prec@5 .. Error@1 ..`."""
-    return f"  **{name}** Prec@1 {result.top1:.3f} Prec@5 {result.top5:.3f} Error@1 {100 - result.top1:.3f}"

@@ -1,0 +1,142 @@
+"""What a run reports: its settings in the log, results.json, curves.png and the small network."""
+
+from __future__ import annotations
+
+import copy
+import shlex
+
+import torch
+from torch import Tensor, nn
+
+import data
+from utils.base.errors import UserError
+from utils.small.counts import multiply_adds
+from utils.small.cut import make_small
+from utils.small.filters import format_plan
+from utils.small.output import small_table, write_small
+from utils.train.curves import draw_curves
+from utils.train.device import describe_machine, describe_versions
+from utils.train.distributed import describe_processes, is_first, launcher, plain_batchnorm, world_size
+from utils.train.progress import describe_schedule
+
+# Images on which the small network is compared with the masked one.
+COMPARED = 500
+
+
+def log_settings(trainer) -> None:
+    """Everything that decides the result, before the first epoch."""
+    args, images, log = trainer.args, trainer.images, trainer.run.log
+    log("settings: " + ", ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
+    log(
+        f"data: {images.source}, {len(images.train)} training and {len(images.test)} test images, "
+        f"{len(images.classes)} classes"
+    )
+    threads, optimizer = torch.get_num_threads(), type(trainer.optimizer).__name__
+    log(f"device: {trainer.device}, {threads} CPU threads; optimizer: {optimizer}")
+    for line in [str(trainer.acceleration), *trainer.acceleration.notes, *describe_processes(args.sync_bn)]:
+        log(line)
+    for name, value in trainer.facts.get("teacher", {}).items():
+        log(f"teacher {name}: {value}")
+    log(f"schedule: {describe_schedule(trainer.train_loader.sizes(0))}")
+    if trainer.pruning is not None:
+        log(trainer.pruning.plan_text())
+    else:
+        log(f"keeping HTrate={args.HTrate:g} of the filters, that is prune_rate={args.prune_rate:g} removed")
+        log(format_plan(trainer.plan))
+    for note in trainer.start.notes:
+        log(note)
+    late = [m for m in args.schedule if m >= args.epochs] if args.lr_schedule == "steps" else []
+    if late:
+        log(
+            f"note: the run ends before the learning-rate milestones {' '.join(map(str, late))}; "
+            "--fit_schedule scales a recipe's milestones to --epochs"
+        )
+    if trainer.epochs_done >= args.epochs:
+        log(
+            f"nothing left to do: {args.resume} has {trainer.epochs_done} of {args.epochs} epochs; "
+            "a larger --epochs continues the training"
+        )
+
+
+def write(trainer, *, curves: bool) -> dict:
+    """Writes results.json and, on demand, curves.png; returns the results."""
+    results = results_of(trainer)
+    trainer.run.write_results(results)
+    if curves and is_first():
+        draw_curves(trainer.history, title(trainer.arch, trainer.args), trainer.run.path / "curves.png")
+    return results
+
+
+def title(arch: str, args) -> str:
+    """What the curves are of."""
+    cut = f", {100 * args.macs_cut:g} % of the multiply-adds cut" if args.macs_cut else ""
+    kept = cut or (f", HTrate {args.HTrate:g}" if args.HTrate < 1 else "")
+    return f"{arch} on {args.dataset}: {args.recipe}{kept}, batch {args.batch_size}, seed {args.manualSeed}"
+
+
+def results_of(trainer) -> dict:
+    """The content of results.json."""
+    rows, kept = trainer.history, trainer.kept()
+    best = max(rows, key=lambda row: row["test_acc"])
+    filters = [
+        {"name": name, "shape": shape, "kept": len(kept[name]), "kept_indices": kept[name]}
+        for name, shape in trainer.shapes.items()
+    ]
+    return {
+        "finished": trainer.epochs_done >= trainer.args.epochs,
+        "recipe": trainer.args.recipe,
+        "dataset": trainer.args.dataset,
+        "data_source": trainer.images.source,
+        "synthetic_data": trainer.args.dataset == "synthetic",
+        "train_images": len(trainer.images.train),
+        "test_images": len(trainer.images.test),
+        "arch": trainer.arch,
+        "num_classes": len(trainer.images.classes),
+        "seed": trainer.args.manualSeed,
+        "processes": world_size(),
+        "pieces": trainer.pieces,
+        "arithmetic": trainer.acceleration.arithmetic,
+        "epochs_done": trainer.epochs_done,
+        "epochs_run_here": len(rows),
+        "last_epoch_accuracy": rows[-1]["test_acc"],
+        "best_epoch_accuracy": best["test_acc"],
+        "best_epoch": best["epoch"],
+        "HTrate": trainer.args.HTrate,
+        "prune_rate": trainer.args.prune_rate,
+        "seconds": sum(row["seconds"] for row in rows),
+        "network": trainer.cost,
+        "filters": filters,
+        "command": shlex.join([*launcher(), trainer.script, *trainer.argv]),
+        **trainer.facts,
+        "settings": vars(trainer.args),
+        "optimizer": type(trainer.optimizer).__name__,
+        "machine": describe_machine(trainer.device),
+        "versions": describe_versions(),
+    }
+
+
+def count_network(net: nn.Module, example: Tensor) -> dict[str, int]:
+    """Parameters and multiply-adds of the network before anything is removed."""
+    macs = sum(multiply_adds(copy.deepcopy(net).cpu(), example).values())
+    return {"multiply_adds": macs, "parameters": sum(p.numel() for p in net.parameters())}
+
+
+def write_small_network(trainer) -> dict:
+    """Cuts the zeroed filters out and writes small.<arch>.pth.tar; what results.json records of it."""
+    # As many pixels as there are in so many CIFAR images: a large network would be compared for minutes.
+    pixels = trainer.example[0, 0].numel()
+    images = data.first_images(trainer.images.test, max(16, COMPARED * 32 * 32 // pixels)).cpu().contiguous()
+    masked = plain_batchnorm(copy.deepcopy(trainer.net)).cpu().eval()
+    entries = {"dataset": trainer.args.dataset, "state_dict": masked.state_dict(), **trainer.network_facts}
+    entries["kept"] = trainer.kept() if trainer.pruning else {}
+    try:
+        small, report = make_small(masked, images[:1], images)
+        shape = tuple(images.shape[1:])
+        path, facts = write_small(masked, small, report, trainer.arch, shape, trainer.run.path, checkpoint=entries)
+    except UserError as error:
+        # The trained network is safe in its checkpoint; a run that is done does not fail here.
+        trainer.run.log(f"no small network was written: {error}")
+        return {"error": str(error)}
+    facts["before"] = {**facts["before"], **trainer.cost}
+    trainer.run.log(f"\nsmall network {path}\n{small_table(trainer.arch, facts, report)}")
+    return facts

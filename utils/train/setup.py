@@ -1,0 +1,257 @@
+"""What the training scripts build once they know data and network: teacher, objective, optimizer, loaders, pruning."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+from itertools import islice
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import update_bn
+
+import data
+import models
+from AHSG_HT import AHSG_HT
+from utils.base import checkpoint as checkpoints
+from utils.base.errors import UserError
+from utils.base.signals import stop
+from utils.train.acceleration import Acceleration, accelerate, make_deterministic
+from utils.train.device import flush_denormals, reuse_freed_memory, seed_everything
+from utils.train.distillation import Distillation, share_classifier
+from utils.train.distributed import Agreement, ParallelObjective, average_batchnorm, is_first, world_size
+from utils.train.engine import evaluate, format_pass, gather_bad_images, to_device
+from utils.train.losses import parse_term
+from utils.train.objective import cross_entropy
+from utils.train.resume import Start
+from utils.train.run_folder import RunFolder, SilentFolder
+
+EVALUATION_BATCH = 500
+
+
+def load_teacher(args: argparse.Namespace, trained_by: str) -> tuple[nn.Module, dict] | None:
+    """The network of --teacher and the checkpoint it is from, checked against --arch; None for a run without.
+
+    Args:
+        trained_by: the command line that trains a teacher for this run, less its network and recipe.
+
+    Raises:
+        UserError: distillation without a teacher, or one of another network.
+    """
+    if args.evaluate:
+        return None
+    if not args.teacher:
+        if not args.arch_small and args.recipe not in ("distill", "prune_distill"):
+            return None
+        arch = args.arch if args.arch_small else "resnet56" if args.dataset != "imagenet" else "resnet50"
+        command = f"python {trained_by} --arch {arch} --recipe baseline"
+        raise UserError(f"distillation needs a trained teacher: add --teacher FILE; this trains one: {command}")
+    checkpoint = models.load_checkpoint(args.teacher, args.arch)
+    arch = args.teacher_arch = checkpoint["arch"]
+    if args.arch_small and arch != args.arch:
+        raise UserError(f"--teacher '{args.teacher}' is a {arch}, --arch says {args.arch}; use --arch {arch}")
+    return models.load(args.teacher, arch), checkpoint
+
+
+def build_objective(
+    teacher: tuple[nn.Module, dict] | None,
+    net: nn.Module,
+    images: data.Data,
+    test_loader,
+    args: argparse.Namespace,
+    device: torch.device,
+):
+    """Cross-entropy, or with a teacher distillation; and what results.json records of the teacher.
+
+    Raises:
+        UserError: a teacher of other classes, or one that is no better than chance.
+    """
+    if teacher is None:
+        return cross_entropy, {}
+    teacher, checkpoint = teacher
+    classes = len(images.classes)
+    models.renormalise(teacher, checkpoint.get("normalisation"), images.normalisation)
+    teacher.to(device, memory_format=torch.channels_last).eval()
+    sample = data.first_images(images.test, 2).to(device)
+    with torch.no_grad():
+        teachers_classes = teacher(sample).shape[1]
+    if teachers_classes != classes:
+        raise UserError(
+            f"--teacher '{args.teacher}' has {teachers_classes} classes, {args.dataset} has {classes}; "
+            "use a teacher of the same data set"
+        )
+    tested = evaluate(teacher, test_loader, device)
+    if is_first():
+        print(f"teacher {args.teacher_arch} of {args.teacher}: {format_pass('Teacher', tested).strip()}", flush=True)
+    # The accuracy of guessing is 100/classes with this standard deviation.
+    chance = 100 / classes
+    deviation = math.sqrt(chance * (100 - chance) / len(images.test))
+    if tested.top1 < chance + 3 * deviation:
+        raise UserError(
+            f"--teacher '{args.teacher}' has {tested.top1:.2f} %, no better than chance ({chance:g} %); train it first"
+        )
+    if args.share_classifier:
+        share_classifier(teacher, net)
+    terms = [parse_term(term) for term in args.kd]
+    objective = Distillation(teacher, net, sample, terms, ce_weight=args.ce_weight)
+    if (
+        args.recipe == "prune_gradual"
+        and args.shrink
+        and any(len(maps.state_dict()) for maps in objective.adapters.values())
+    ):
+        raise UserError(
+            "--shrink on changes the student's widths while adapters are trained; use --kd on logits, or --shrink off"
+        )
+    facts = {"arch": args.teacher_arch, "file": args.teacher, "accuracy": tested.top1, "sha256": args.teacher_sha256}
+    return objective, {"teacher": facts}
+
+
+def wrap_objective(objective, net: nn.Module, device: torch.device, how: Acceleration, largest: int):
+    """The objective as the training step calls it: in bfloat16, compiled, over all processes.
+
+    Args:
+        largest: images of the largest mini-batch that a process takes through the network at once.
+    """
+    objective = accelerate(net, objective, device, how, largest)
+    return ParallelObjective(net, objective, device) if world_size() > 1 else objective
+
+
+def build_optimizer(net: nn.Module, adapters: nn.Module | None, args: argparse.Namespace):
+    """Plain SGD where HTrate is 1, v is 0 and nothing is pruned, otherwise AHSG_HT. Adapters are never thresholded."""
+    groups = [{"params": list(net.parameters())}]
+    common = dict(
+        lr=args.learning_rate,
+        momentum=args.momentum,
+        weight_decay=args.decay,
+        nesterov=args.nesterov and args.momentum > 0,
+    )
+    gradual = args.recipe == "prune_gradual"
+    plain = args.HTrate == 1 and args.v == 0 and not gradual
+    if adapters is not None and list(adapters.parameters()):
+        groups.append({"params": list(adapters.parameters()), **({} if plain else {"HTrate": 1})})
+    if plain:
+        # On a GPU one kernel for all parameters, on a CPU lists of them: torch's default there is a loop in Python.
+        on_gpu = next(net.parameters()).is_cuda
+        return torch.optim.SGD(groups, **({"fused": True} if on_gpu else {"foreach": True}), **common)
+    rate = 1.0 if gradual else args.HTrate
+    options = dict(v=args.v, HTrate=rate, heavy_ball=args.heavy_ball, norm=args.norm, regrow=not args.no_regrow)
+    try:
+        return AHSG_HT(groups, **options, **common)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def build_train_loader(images: data.Data, args: argparse.Namespace, device: torch.device) -> data.DataLoader:
+    """The growing loader over the training images.
+
+    Raises:
+        UserError: a batch size that does not fit the data or the processes, or a --k that fits no schedule.
+    """
+    if args.batch_size < world_size():
+        raise UserError(
+            f"--batch_size {args.batch_size} leaves some of {world_size()} processes without an image; "
+            "use a larger one, or fewer processes"
+        )
+    if args.batch_size > len(images.train):
+        raise UserError(
+            f"--batch_size {args.batch_size} is more than the {len(images.train)} training images; use a smaller one"
+        )
+    growth = dict(growth=args.growth, restart=not args.no_restart, max_batch_size=args.max_batch_size)
+    options = dict(shuffle=True, seed=args.manualSeed, **growth, **worker_options(args, device))
+    try:
+        return data.DataLoader(images.train, args.batch_size, args.k, **options)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def build_test_loader(images: data.Data, args: argparse.Namespace, device: torch.device) -> data.DataLoader:
+    """The test images in mini-batches that a process can take through the network at once."""
+    size = min(EVALUATION_BATCH, (args.max_images_per_step or EVALUATION_BATCH) * world_size())
+    # Images in memory are handed out faster than a worker process could send them.
+    options = worker_options(args, device) if isinstance(images.test, data.ImageFiles) else {}
+    return data.DataLoader(images.test, size, **options)
+
+
+def worker_options(args: argparse.Namespace, device: torch.device) -> dict:
+    """Worker processes that live as long as the run, and memory that a GPU can read by itself."""
+    if not args.workers:
+        return {}
+    return dict(
+        num_workers=args.workers,
+        persistent_workers=True,
+        prefetch_factor=args.prefetch_factor,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def open_folder(args: argparse.Namespace, start: Start) -> RunFolder:
+    """The run's folder: on the first rank locked and ready for the run, on the others one that writes nothing."""
+    if not is_first():
+        return SilentFolder(start.folder)
+    resumed = (start.file, start.stamp) if start.folder_is_its_own else None
+    is_new = resumed is None and not start.begins_again
+    return RunFolder(start.folder, args.manualSeed, new=is_new, resumed=resumed)
+
+
+def prepare_process(args: argparse.Namespace) -> None:
+    """What every run does before it builds anything: arithmetic and memory of the CPU, seeds, and how ranks stop."""
+    flush_denormals()
+    reuse_freed_memory()
+    if args.deterministic:
+        make_deterministic()
+    seed_everything(args.manualSeed)
+    stop.reduce = Agreement() if world_size() > 1 else None
+
+
+def use_normalisation(images: data.Data, checkpoint: dict | None) -> dict:
+    """Normalises the images as the network of a checkpoint was trained with; what checkpoints of the run keep of it."""
+    normalisation = (checkpoint or {}).get("normalisation")
+    if not normalisation:
+        return {}
+    images.normalise_as(**normalisation)
+    if is_first():
+        print(f"images are normalised as those the checkpoint was trained on: {normalisation}", flush=True)
+    return {"normalisation": normalisation}
+
+
+def test_only(
+    net: nn.Module, images: data.Data, args: argparse.Namespace, device: torch.device, weights: dict | None, origin: str
+) -> None:
+    """--evaluate: tests a network and prints the release's line.
+
+    Args:
+        weights: state dict to load first; None where the network has its weights.
+        origin: where they came from.
+    """
+    if weights is not None:
+        checkpoints.load_weights(net, weights, origin)
+    if args.recalibrate:
+        recalibrate(net, build_train_loader(images, args, device), args.recalibrate, device)
+    test_loader = build_test_loader(images, args, device)
+    tested = evaluate(net, test_loader, device)
+    skipped = gather_bad_images(test_loader)
+    if is_first():
+        for path in skipped:
+            print(f"skipped, cannot be read: {path}")
+        print(f"{args.student} of {origin} on {len(images.test)} test images ({images.source})")
+        print(format_pass("Test", tested))
+
+
+def recalibrate(net: nn.Module, loader: data.DataLoader, count: int, device: torch.device) -> None:
+    """Takes BatchNorm's statistics anew over the first training mini-batches: the mean of each one's, no weight
+    changes.
+
+    Those of a network that has just been thresholded are still the unthresholded one's.
+    """
+    update_bn((to_device(*batch, device)[0] for batch in islice(loader, count)), net)
+    average_batchnorm(net)
+    sizes = loader.sizes(0)[:count]
+    if is_first():
+        print(f"BatchNorm statistics taken anew over {sum(sizes)} training images in {len(sizes)} mini-batches")
+
+
+def command_of_teacher(script: str, args: argparse.Namespace) -> str:
+    """The start of a command line that trains a teacher for this run; see load_teacher."""
+    dataset = "" if args.dataset == "imagenet" else f" --dataset {args.dataset}"
+    return f"{script} {shlex.quote(str(args.data_path))}{dataset}"
