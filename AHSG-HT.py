@@ -25,8 +25,7 @@ __all__ = ["AHSG_HT", "following_additives", "hard_threshold", "kept_count"]
 
 # (weight, additive parameters of its filters, number of filters or entries that stay) of every layer to threshold.
 Layers = list[tuple[Tensor, list[Tensor], int]]
-# Entries of the parameters that a CPU updates together: with gradient, momentum buffer and x_{t-1} about 1 MiB.
-CPU_BLOCK_ENTRIES = 65_536
+CPU_BLOCK_ENTRIES = 65_536  # with gradient, momentum buffer and x_{t-1} about 1 MiB
 CHOICES = {"heavy_ball": ("paper", "released"), "norm": (1, 2), "unit": ("filter", "element")}
 PASS_ADDITIVES = "pass additives=, as utils.small.filters.filter_additives makes it"
 
@@ -42,8 +41,7 @@ class AHSG_HT(Optimizer):
 
     Args:
         params: parameters or parameter groups, in the order of `net.parameters()` unless `additives` is given.
-        lr: learning rate, >= 0.
-        momentum, dampening, weight_decay, nesterov: as in torch.optim.SGD.
+        lr, momentum, dampening, weight_decay, nesterov: as in torch.optim.SGD.
         v: weight of the heavy-ball term, >= 0. It stacks with `momentum`; the release uses 0.9 and v = 0.1.
         HTrate: share of the filters that is KEPT, 0 < HTrate <= 1. 0.7 is the papers' "30 % pruned"; 1 keeps all.
         heavy_ball: "paper", the true x_{t-1}; or "released", the release's arithmetic, whose term v*(x_t - prev) is
@@ -68,8 +66,8 @@ class AHSG_HT(Optimizer):
     multiplied by it after every update. H records it where regrow is False; a pruning schedule may set it itself.
 
     Raises:
-        ValueError: an argument out of its range, a layer of which nothing would be kept, or an order that does not tell
-            the additive parameters; RuntimeError: a sparse gradient. All before any parameter is changed.
+        ValueError: a bad option, a layer of which nothing would be kept, an order that does not tell the additive
+            parameters; RuntimeError: a sparse gradient. All before any parameter is changed.
     """
 
     def __init__(
@@ -152,11 +150,11 @@ class AHSG_HT(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # All checks come first: what is refused leaves every parameter as it was.
         found = [self._layers(group) for group in self.param_groups]
         updated = {p for group in self.param_groups for p in group["params"] if p.grad is not None}
         if any(p.grad.is_sparse for p in updated):
             raise RuntimeError("AHSG_HT does not support sparse gradients; use sparse=False in the embedding")
+        # All checks are done; what is refused leaves every parameter as it was.
         for group in self.param_groups:
             for block in _blocks([p for p in group["params"] if p in updated]):
                 self._update(block, group)
@@ -256,8 +254,8 @@ def _find_layers(params: list[Tensor], HTrate: float, unit: str, additives: Mapp
         normed = [params[i].shape for i, own in zip(at, owned, strict=True) if own and own[-1] is not params[i + 1]]
         if bare and normed:
             raise ValueError(
-                f"a norm follows the convolution of shape {tuple(normed[0])} and none the one of shape {tuple(bare[0])}, "
-                f"so that the order does not tell whose norms these are; {PASS_ADDITIVES}"
+                f"a norm follows the convolution of shape {tuple(normed[0])}, none that of shape {tuple(bare[0])}: the "
+                f"order does not tell whose these norms are; {PASS_ADDITIVES}"
             )
     layers = [(params[i], own, kept_count(params[i].shape[0], HTrate)) for i, own in zip(at, owned, strict=True)]
     return [layer for layer in layers if layer[2] < layer[0].shape[0]]
@@ -322,10 +320,10 @@ def _threshold(layers: Layers, norm: int, unit: str) -> list[tuple[Tensor, Tenso
 
 
 def _check_options(group: dict) -> None:
-    limit = sys.float_info.max
-    for name, least in (("lr", 0), ("momentum", 0), ("weight_decay", 0), ("v", 0), ("dampening", -limit)):
-        if not isinstance(group[name], (int, float)) or not least <= group[name] <= limit:
-            raise ValueError(f"{name} must be a finite number{' >= 0' * (least == 0)}, got {group[name]!r}")
+    for name in ("lr", "momentum", "weight_decay", "v", "dampening"):
+        least = -sys.float_info.max if name == "dampening" else 0
+        if not isinstance(group[name], (int, float)) or not least <= group[name] <= sys.float_info.max:
+            raise ValueError(f"{name} must be a finite number >= {least:g}, got {group[name]!r}")
     if not isinstance(group["HTrate"], (int, float)) or not 0 < group["HTrate"] <= 1:
         raise ValueError(f"HTrate is the share of filters kept and must be in (0, 1], got {group['HTrate']!r}")
     for name in ("nesterov", "regrow"):

@@ -18,14 +18,8 @@ def conv(width=8, bias=False):
 class PreActivation(nn.Module):
     def __init__(self):
         super().__init__()
-        self.stem, self.bn1, self.conv1, self.bn2, self.conv2 = (
-            conv(3),
-            nn.BatchNorm2d(8),
-            conv(),
-            nn.BatchNorm2d(8),
-            conv(bias=True),
-        )
-        self.last = nn.BatchNorm2d(8)
+        self.stem, self.conv1, self.conv2 = conv(3), conv(), conv(bias=True)
+        self.bn1, self.bn2, self.last = (nn.BatchNorm2d(8) for _ in range(3))
 
     def forward(self, x):
         x = self.stem(x)
@@ -106,7 +100,7 @@ def test_a_network_that_does_not_take_the_example_is_refused():
 
 def test_the_plan_follows_the_optimizers_groups():
     net = models.build("resnet8")
-    stem, (first, second, left_out, frozen, *rest) = net.conv_1_3x3, [m for s in range(1, 4) for m in stage(net, s)]
+    stem, first, second, _, frozen, *rest = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     frozen.weight.requires_grad_(False)
     groups = [
         {"params": [stem.weight]},
@@ -117,7 +111,3 @@ def test_the_plan_follows_the_optimizers_groups():
     plan = make_plan(net, AHSG_HT(groups, HTrate=0.7))
     assert [layer.kept for layer in plan] == [11, 4, 16, 32, 32, 32, 32]
     assert all(layer.removed == 0 for layer in make_plan(net, torch.optim.SGD(net.parameters(), lr=0.1)))
-
-
-def stage(net, number):
-    return [m for m in getattr(net, f"stage_{number}").modules() if isinstance(m, nn.Conv2d)]

@@ -49,10 +49,11 @@ def test_filters_before_relu_are_chosen_in_the_first_step():
     net = models.build("resnet8")
     x, labels = torch.randn(16, 3, 16, 16), torch.arange(16) % 10
     optimizer = AHSG_HT(net.parameters(), lr=0.1, v=0.1, HTrate=0.7, additives=filter_additives(net, x))
-    for step in range(4):
+    first = []
+    for _ in range(4):
         optimizer.zero_grad()
         F.cross_entropy(net(x), labels).backward()
         optimizer.step()
         kept = [p.flatten(1).any(1) for name, p in net.named_parameters() if "conv_a" in name]
-        first = kept if step == 0 else first
+        first = first or kept
         assert all(map(torch.equal, kept, first))
