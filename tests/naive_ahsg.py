@@ -4,7 +4,7 @@ One mini-batch with mean gradient g (paper, equation of the iteration):
 
     x_{t+1} = H( x_t - lr*d + v*(x_t - x_{t-1}) ),    x_{-1} = x_0,    d = torch's SGD direction of g
 
-It works on float64 copies, one parameter, filter and entry at a time. Slow, and on purpose without any of the fast path's ideas.
+It works on float64 copies, one parameter, filter and entry at a time, with none of the fast path's ideas.
 """
 
 from __future__ import annotations
@@ -12,81 +12,41 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import torch
 from torch import Tensor
 
 
 def brute_force_kept(scores: list[float], HTrate: float) -> set[int]:
-    """Indices of the floor(n*HTrate) largest scores; of equal scores the lower index. The rate is read as the decimal it prints as."""
+    """Indices of the floor(n*HTrate) largest scores, of equal ones the lower; HTrate is the decimal it prints."""
     count = math.floor(len(scores) * Fraction(str(HTrate)))
-    kept = set()
-    for _ in range(count):
-        best = None
-        for i, score in enumerate(scores):
-            if i not in kept and (best is None or score > scores[best]):
-                best = i
-        kept.add(best)
-    return kept
+    return set(sorted(range(len(scores)), key=lambda i: -scores[i])[:count])
 
 
 def filter_norm(weight: Tensor, norm: int) -> float:
     """l1 or l2 norm of one filter, entry by entry."""
     entries = weight.double().flatten().tolist()
-    if norm == 1:
-        return math.fsum(abs(e) for e in entries)
-    return math.sqrt(math.fsum(e * e for e in entries))
+    return math.fsum(map(abs, entries)) if norm == 1 else math.sqrt(math.fsum(e * e for e in entries))
 
 
-def additive_followers(params: list[Tensor], index: int) -> list[Tensor]:
-    """Convolution bias and BatchNorm bias of the convolution params[index], in the order of net.parameters()."""
-    length = len(params[index])
+def additive_followers(params: list[Tensor], index: int) -> list[int]:
+    """Where the convolution bias and BatchNorm bias of params[index] are, in the order of net.parameters()."""
     run = []
-    for p in params[index + 1 :]:
-        if p.dim() > 1:  # the next weight
+    for i in range(index + 1, len(params)):
+        if params[i].dim() > 1:  # the next weight
             break
-        if len(p) == length:
-            run.append(p)
-    if len(run) == 0:
-        return []
-    if len(run) == 1:
-        conv_bias = run[0]
-        return [conv_bias]
-    if len(run) == 2:
-        _norm_weight, norm_bias = run
-        return [norm_bias]
-    conv_bias, _norm_weight, norm_bias = run
-    return [conv_bias, norm_bias]
-
-
-def naive_hard_threshold(
-    params: list[Tensor], HTrate: float, norm: int = 2, unit: str = "filter"
-) -> dict[int, set[int]]:
-    """H in place; returns the kept units of every thresholded tensor, {position in params: indices}."""
-    kept_sets = {}
-    for index, p in enumerate(params):
-        if unit == "element":
-            flat = p.flatten()
-            kept = brute_force_kept([abs(e) for e in flat.tolist()], HTrate)
-            for i in range(len(flat)):
-                if i not in kept:
-                    flat[i] = 0
-            p.copy_(flat.view(p.shape))
-        elif p.dim() == 4:
-            kept = brute_force_kept([filter_norm(w, norm) for w in p], HTrate)
-            for i in range(len(p)):
-                if i not in kept:
-                    p[i] = 0
-                    for additive in additive_followers(params, index):
-                        additive[i] = 0
-        else:
-            continue
-        kept_sets[index] = kept
-    return kept_sets
+        if len(params[i]) == len(params[index]):
+            run.append(i)
+    # nothing, conv bias, (norm weight, norm bias), (conv bias, norm weight, norm bias)
+    return {0: [], 1: run, 2: run[1:], 3: [*run[:1], *run[2:]]}[len(run)]
 
 
 class NaiveAHSG:
     """AHSG-HT on float64 copies of `params`: same calling order as AHSG_HT, gradients are handed to `step`.
 
-    `x` holds the parameters, `kept` what the latest thresholding kept.
+    Attributes:
+        x, buffers, prev: parameters, momentum buffers and x_{t-1} (None before they exist).
+        kept: {position of a thresholded tensor: units that the latest H kept}.
+        removed: per parameter the units that stay zero, where regrow is False.
     """
 
     def __init__(
@@ -108,6 +68,7 @@ class NaiveAHSG:
         self.buffers = [None for _ in params]
         self.prev = [None for _ in params]
         self.kept = {}
+        self.removed = [set() for _ in params]
         self.lr, self.momentum, self.dampening, self.nesterov = lr, momentum, dampening, nesterov
         self.weight_decay, self.v, self.HTrate, self.heavy_ball = weight_decay, v, HTrate, heavy_ball
         self.norm, self.unit, self.regrow = norm, unit, regrow
@@ -132,22 +93,42 @@ class NaiveAHSG:
             self.buffers[i] = self.momentum * self.buffers[i] + (1 - self.dampening) * d
         return d + self.momentum * self.buffers[i] if self.nesterov else self.buffers[i]
 
-    def keep_zeros(self, before: Tensor, after: Tensor) -> None:
-        """Zeroes in `after` the units that are zero in `before`."""
-        if self.unit == "element":
-            after[before == 0] = 0
-        elif before.dim() == 4:
-            for i, filter_before in enumerate(before):
-                if not filter_before.any():
-                    after[i] = 0
-
     def step(self, gradients: list[Tensor], final: int = 1) -> None:
         for i, x in enumerate(self.x):
             heavy_ball = 0 if self.prev[i] is None else self.v * (x - self.prev[i])
             if self.heavy_ball == "paper":
                 self.prev[i] = x
             self.x[i] = x - self.lr * self.direction(i, gradients[i]) + heavy_ball
-            if not self.regrow:
-                self.keep_zeros(x, self.x[i])
+            self.zero(i, self.removed[i])
         if self.heavy_ball == "released" or final == 1:
-            self.kept = naive_hard_threshold(self.x, self.HTrate, self.norm, self.unit)
+            self.hard_threshold()
+
+    def hard_threshold(self) -> None:
+        if self.HTrate == 1:
+            return
+        for i, x in enumerate(self.x):
+            if self.unit == "element":
+                scores, owned = [abs(e) for e in x.flatten().tolist()], [i]
+            elif x.dim() == 4:
+                scores, owned = [filter_norm(w, self.norm) for w in x], [i, *additive_followers(self.x, i)]
+            else:
+                continue
+            self.kept[i] = brute_force_kept(scores, self.HTrate)
+            for j in owned:
+                gone = set(range(len(scores))) - self.kept[i]
+                self.zero(j, gone)
+                if not self.regrow:
+                    self.removed[j] |= gone
+
+    def zero(self, i: int, units: set[int]) -> None:
+        """Zeroes entries, or filters and what belongs to them, of parameter i."""
+        flat = self.x[i].flatten() if self.unit == "element" else self.x[i]
+        for unit in units:
+            flat[unit] = 0
+        self.x[i] = flat.view(self.x[i].shape)
+
+    def kept_factor(self, i: int) -> Tensor:
+        """What state["kept"] of parameter i broadcasts to: 0 where it stays zero, 1 elsewhere."""
+        factor = torch.ones_like(self.x[i])
+        (factor.view(-1) if self.unit == "element" else factor)[sorted(self.removed[i])] = 0
+        return factor

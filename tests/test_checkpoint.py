@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from AHSG_HT import AHSG_HT
 from models.resnet_cifar import CifarResNet
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
@@ -70,12 +71,13 @@ def test_own_entries_of_another_kind_are_named(tmp_path, entries):
 
 
 def test_the_plan_lists_every_convolution():
-    plan = make_plan(CifarResNet(8), 0.7)
+    net = CifarResNet(8)
+    plan = make_plan(net, AHSG_HT(net.parameters(), HTrate=0.7))
     expected = [(16, 11, 5)] * 3 + [(32, 22, 10)] * 2 + [(64, 44, 20)] * 2
     assert [(layer.filters, layer.kept, layer.removed) for layer in plan] == expected
     assert "7 convolutions, 240 filters: 165 kept, 75 removed" in format_plan(plan)
     with pytest.raises(UserError, match=r"conv_1_3x3\.weight has 16 filters.*plan keeps 11"):
-        check_plan(plan, kept_filters(CifarResNet(8)))
+        check_plan(plan, kept_filters(net))
 
 
 def test_a_filter_is_zero_only_with_its_bias():
@@ -83,6 +85,7 @@ def test_a_filter_is_zero_only_with_its_bias():
     with torch.no_grad():
         net.conv_1_3x3.weight[[2, 5]] = 0
         net.bn_1.bias[5] = 0.1
-    kept = kept_filters(net)
+    kept = kept_filters(net, {net.conv_1_3x3.weight: [net.bn_1.bias]})
     assert kept["conv_1_3x3.weight"] == [i for i in range(16) if i != 2]
-    assert count_zero_filters(make_plan(net, 1.0), kept).startswith("1 of 16 (1 convolution), 0 of 16 (2 convolutions)")
+    plan = make_plan(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    assert count_zero_filters(plan, kept).startswith("1 of 16 (1 convolution), 0 of 16 (2 convolutions)")

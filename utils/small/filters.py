@@ -1,15 +1,71 @@
-"""The plan: which convolution keeps how many filters, and whether a network keeps to it."""
+"""Filters of a network: what belongs to each, and the plan: how many a convolution keeps, and whether it does."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
-from AHSG_HT import following_additives, kept_count
+from AHSG_HT import kept_count
 from utils.base.errors import UserError
+from utils.small.trace import trace
+
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+# Operations channel by channel that keep zeros.
+PASSED = (nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d)
+PASSED_FUNCTIONS = (F.relu, torch.relu, F.relu6, F.leaky_relu, F.dropout, F.max_pool2d, F.avg_pool2d)
+
+
+def filter_additives(net: nn.Module, example: Tensor) -> dict[nn.Parameter, list[nn.Parameter]]:
+    """{weight of a convolution: additive parameters that belong to its filters}, for AHSG_HT(..., additives=).
+
+    These are its own bias, and the bias of the BatchNorm that alone reads its output, directly or through operations
+    such as ReLU and pooling that keep a zero channel zero. What follows an addition or a concatenation belongs to no
+    single filter, nor does the BatchNorm of a layer that is called twice. Where torch.fx cannot trace a module, the
+    convolutions in it have their own bias only.
+
+    Args:
+        net: not changed; its training or eval mode is that of before.
+        example: a mini-batch (2, C, H, W) that it takes, on its device.
+
+    Raises:
+        UserError: the network does not run on the example.
+    """
+    modes = {module: module.training for module in net.modules()}
+    try:
+        graph = trace(net.eval(), example)
+    except Exception as error:
+        raise UserError(f"the network does not run on an input of shape {tuple(example.shape)}: {error}") from None
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    calls = [node for node in graph.graph.nodes if node.op == "call_module"]
+    called = Counter(graph.get_submodule(node.target) for node in calls)
+    # What is traced of a module that became one opaque operation may be a part of what it does.
+    opaque = {inner for module in called for inner in module.modules() if inner is not module}
+    own = {m: [m.bias] for m in net.modules() if isinstance(m, nn.Conv2d) and m.bias is not None}
+    for node in calls:
+        conv = graph.get_submodule(node.target)
+        norm = _only_norm(graph, node) if isinstance(conv, nn.Conv2d) else None
+        if norm is not None and called[conv] == called[norm] == 1 and not {conv, norm} & opaque:
+            own.setdefault(conv, []).append(norm.bias)
+    return {conv.weight: biases for conv, biases in own.items()}
+
+
+def _only_norm(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The BatchNorm with a bias that alone reads a convolution's output."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        module = graph.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(module, NORMS):
+            return module if module.bias is not None else None
+        if not isinstance(module, PASSED) and not (node.op == "call_function" and node.target in PASSED_FUNCTIONS):
+            return None
+    return None
 
 
 @dataclass(frozen=True)
@@ -29,20 +85,18 @@ class Layer:
         return self.filters - self.kept
 
 
-def make_plan(net: nn.Module, HTrate: float) -> list[Layer]:
-    """Every convolution of a network, in the order of its parameters.
+def make_plan(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[Layer]:
+    """Every convolution of a network, in the order of its parameters, and what its parameter group keeps of it.
 
-    Raises:
-        UserError: HTrate keeps no filter of some convolution.
+    A layer without a group, without gradient, in a group that thresholds single entries, or of an optimizer that does
+    not threshold (no HTrate) keeps everything.
     """
-    layers = []
-    for name, p in net.named_parameters():
-        if p.dim() == 4:
-            try:
-                layers.append(Layer(name, tuple(p.shape), kept_count(p.shape[0], HTrate)))
-            except ValueError as error:
-                raise UserError(f"{name}: {error}") from None
-    return layers
+    rates = {}
+    for group in optimizer.param_groups:
+        by_filter = group.get("unit", "filter") == "filter"
+        rates |= {p: group.get("HTrate", 1) if by_filter and p.requires_grad else 1 for p in group["params"]}
+    weights = [(name, p) for name, p in net.named_parameters() if p.dim() == 4]
+    return [Layer(name, tuple(p.shape), kept_count(p.shape[0], rates.get(p, 1))) for name, p in weights]
 
 
 def format_plan(plan: list[Layer]) -> str:
@@ -59,18 +113,17 @@ def format_plan(plan: list[Layer]) -> str:
 
 
 @torch.no_grad()
-def kept_filters(net: nn.Module) -> dict[str, list[int]]:
+def kept_filters(net: nn.Module, additives: Mapping[Tensor, Sequence[Tensor]] | None = None) -> dict[str, list[int]]:
     """{name of a convolution's weight: indices of its filters that are not zero}.
 
-    A filter counts as zero when its weights and the additive parameters that belong to it (convolution bias, BatchNorm bias) are.
+    Args:
+        additives: of filter_additives: a filter counts as zero when these of it are zero, too.
     """
-    names = [name for name, _ in net.named_parameters()]
-    params = [p for _, p in net.named_parameters()]
     kept = {}
-    for index, (name, p) in enumerate(zip(names, params, strict=True)):
+    for name, p in net.named_parameters():
         if p.dim() == 4:
             alive = p.flatten(1).ne(0).any(dim=1)
-            for additive in following_additives(params, index):
+            for additive in (additives or {}).get(p, ()):
                 alive |= additive.ne(0)
             kept[name] = alive.nonzero().flatten().tolist()
     return kept
@@ -91,8 +144,9 @@ def check_plan(plan: list[Layer], kept: dict[str, list[int]], start: dict[str, l
         at_least = min(layer.kept, len(start[layer.name])) if start else layer.kept
         if not at_least <= len(kept[layer.name]) <= layer.kept:
             raise UserError(
-                f"{layer.name} has {len(kept[layer.name])} filters that are not zero, the plan keeps {layer.kept}; the weights have collapsed or "
-                "thresholding did not reach this layer: lower the learning rate, or report this network"
+                f"{layer.name} has {len(kept[layer.name])} filters that are not zero, the plan keeps {layer.kept}; the "
+                "weights have collapsed or thresholding did not reach this layer: lower the learning rate, or report "
+                "this network"
             )
 
 
