@@ -20,13 +20,15 @@ def set_sizes(module: nn.Module) -> None:
         module.num_features = sizes[0] if sizes else module.num_features
     else:
         module.out_channels = len(module.weight)
-        if module.groups > 1:  # depthwise, the only grouped convolutions that are narrowed
-            module.groups = module.out_channels
+        if module.groups > 1:  # narrowed only where as many channels are read as made
+            module.groups = module.out_channels // module.weight.shape[1]
         module.in_channels = module.weight.shape[1] * module.groups
 
 
-def _fits_in(small: torch.Size, full: torch.Size) -> bool:
-    return len(small) == len(full) and all(0 < a <= b for a, b in zip(small, full, strict=True))
+def _fits_in(small: torch.Size, full: torch.Size, is_grouped: bool) -> bool:
+    """Groups may be wider in the small network, where there are fewer of them."""
+    fits = [0 < a <= b for a, b in zip(small, full, strict=True)] if len(small) == len(full) else [False]
+    return all(fits) or (is_grouped and len(small) > 2 and fits[0] and small[0] % max(1, small[1]) == 0)
 
 
 @torch.no_grad()
@@ -46,7 +48,9 @@ def narrow_like(net: nn.Module, state_dict: dict[str, Tensor], pads: dict[str, i
     for name, module in net.named_modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         pairs = [(key, value, state_dict.get(f"{name}.{key}".removeprefix("."), value)) for key, value in own]
-        narrower = all(_fits_in(wanted.shape, value.shape) for _, value, wanted in pairs)
+        narrower = all(
+            _fits_in(wanted.shape, value.shape, getattr(module, "groups", 1) > 1) for _, value, wanted in pairs
+        )
         if narrower and isinstance(module, LAYERS) and any(value.shape != wanted.shape for _, value, wanted in pairs):
             for key, value, wanted in pairs:
                 fresh = value.new_zeros(wanted.shape)

@@ -24,6 +24,8 @@ from torch import Tensor, fx, nn
 from utils.small.rules import NARROWED, RULES, Pad, Reader, Unknown, Value
 from utils.small.trace import layer_name, module_name
 
+# The channels that a group of a convolution reads, and those that it makes, by their positions.
+Group = tuple[list[int], list[int]]
 # Reasons that need no mention in a report.
 INPUT, OUTPUT = "input", "output"
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
@@ -57,20 +59,24 @@ class Channels:
     Attributes:
         tie_pads: an option-A shortcut couples its channels to those it is added to: stages keep their original order.
         values: by node.
-        readers: convolutions (groups 1) and linear layers.
+        regroup: grouped convolutions are readers too, and need a plan (utils.small.groups); else they keep all channels.
+        readers: convolutions that are not depthwise, and linear layers.
         pads: option-A shortcuts.
         layers: every call of a convolution, linear layer or BatchNorm that is narrowed.
         joins: (ids of a concatenation, ids of its parts).
+        groups: new groups of grouped convolutions.
         keep, rank: set by `select`: bool per id, read at the roots, what is kept; {root: place} of ordered classes.
     """
 
     graph: fx.GraphModule
     tie_pads: bool = False
+    regroup: bool = False
     values: dict[fx.Node, Value] = field(default_factory=dict)
     readers: list[Reader] = field(default_factory=list)
     pads: list[Pad] = field(default_factory=list)
     layers: list[LayerCall] = field(default_factory=list)
     joins: list[tuple[list[int], list[list[int]]]] = field(default_factory=list)
+    groups: dict[nn.Module, list[Group]] = field(default_factory=dict)
     pinned: list[Pinned] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     keep: Tensor | None = None
@@ -146,6 +152,17 @@ class Channels:
             others = [p for p in self.order(pad.ids) if p not in set(arriving)]
             for place, p in enumerate(arriving + others):
                 self.rank.setdefault(self.root(pad.ids[p]), place)
+        ordered = [
+            (ids, [p for group in self.groups[r.module] for p in group[side]])
+            for r in self.readers
+            if r.module in self.groups
+            for side, ids in enumerate((r.source.ids, r.ids))
+        ]
+        for ids, wanted in ordered:
+            for place, p in enumerate(wanted):
+                self.rank.setdefault(self.root(ids[p]), place)
+        if any(self.order(ids) != wanted for ids, wanted in ordered):
+            raise OrderError("a grouped convolution")
         for pad in self.pads:
             arriving = self.order(pad.source.ids)
             if self.order(pad.ids)[: len(arriving)] != arriving:
@@ -175,11 +192,11 @@ def strongest_filter(module: nn.Module) -> int:
 
 
 @torch.no_grad()
-def analyse(graph: fx.GraphModule, tie_pads: bool = False) -> Channels:
+def analyse(graph: fx.GraphModule, tie_pads: bool = False, regroup: bool = False) -> Channels:
     """Follows every channel through a graph of utils.small.trace. Operations without a rule keep theirs."""
     fixed = _fixed_modules(graph)
     while True:
-        channels = Channels(graph, tie_pads)
+        channels = Channels(graph, tie_pads, regroup)
         unknown = _follow(channels, fixed)
         # A layer that is also called in a way that has no rule keeps its shape in all its calls.
         again = {call.module: unknown[call.module] for call in channels.layers if call.module in unknown}

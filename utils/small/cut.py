@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 
 from models.small import set_sizes
 from utils.base.errors import UserError
-from utils.small.channels import INPUT, OUTPUT, Channels, OrderError, analyse
+from utils.small.channels import INPUT, OUTPUT, Channels, Group, OrderError, analyse
+from utils.small.groups import regroup
 from utils.small.rules import Reader, pads
 from utils.small.trace import layer_name, module_name, run, tensors, trace
 
@@ -30,7 +31,8 @@ LARGEST_LOGIT = 1000
 RANDOM_IMAGES = 16
 BATCH = 128
 
-# Kept indices along the first and the second dimension of a tensor; None: all.
+# Kept indices along the first and the second dimension of a tensor; None: all. Of grouped convolutions the second are
+# (C_out, C_in / groups), filter by filter, -1 for a zero.
 Slices = tuple[Tensor, Tensor | None]
 
 
@@ -102,7 +104,7 @@ def _make_small(
     except Exception as error:
         raise UserError(f"the network does not run on an input of shape {tuple(example.shape)}: {error}") from None
     if merge:
-        report.merged = merge_constants(analyse(graph))
+        report.merged = merge_constants(analyse(graph, regroup=True))
     channels = _select_needed(graph, round_to)
     describe(channels, report)
     report.slices = narrow(channels)
@@ -111,9 +113,9 @@ def _make_small(
 
 
 def _select_needed(graph: fx.GraphModule, round_to: int) -> Channels:
-    channels = analyse(graph)
     try:
-        channels.select(round_up(channels, channels.close(), round_to))
+        channels = analyse(graph, regroup=round_to == 1)
+        channels.select(regroup(channels, round_up(channels, channels.close(), round_to)))
     except OrderError:
         channels = analyse(graph, tie_pads=True)
         channels.select(round_up(channels, channels.close(), round_to))
@@ -134,25 +136,31 @@ def merge_constants(channels: Channels) -> int:
         by_module.setdefault(reader.module, []).append(reader)
     representatives: set[int] = set()
     for module, (reader, *others) in by_module.items():
-        c, weight = reader.source.constant, module.weight
-        gone = ((c != 0) & ~torch.isnan(c) & reader.nonzero.any(dim=0)).nonzero().flatten().tolist()
         # A layer that is called twice may read other constants in its other call.
-        if others or not gone:
+        if others:
             continue
-        if module.bias is not None and not pads(module):
-            module.bias += weight[:, gone].reshape(len(weight), len(gone), -1).double().sum(dim=2) @ c[gone]
-        else:
-            roots = {j: channels.root(reader.source.ids[j]) for j in gone}
-            # Not a representative that is tiny here: ratios far above 1 would cost precision.
-            enough = 0.1 * float(c[gone].abs().max())
-            known = [j for j in gone if roots[j] in representatives and abs(float(c[j])) >= enough]
-            r = max(known or gone, key=lambda j: abs(float(c[j])))
-            representatives.add(roots[r])
-            gone.remove(r)
-            ratio = (c[gone] / c[r]).view(1, -1, *[1] * (weight.dim() - 2))
-            weight[:, r] += (weight[:, gone].double() * ratio).sum(dim=1)
-        weight[:, gone] = 0
-        moved += len(gone)
+        wide, nonzero = module.weight.shape[1], reader.nonzero.any(dim=0)
+        groups = len(reader.source.ids) // wide
+        for begin, weight in zip(range(0, groups * wide, wide), module.weight.chunk(groups), strict=True):
+            c, read = reader.source.constant[begin : begin + wide], nonzero[begin : begin + wide]
+            gone = ((c != 0) & ~torch.isnan(c) & read).nonzero().flatten().tolist()
+            if not gone:
+                continue
+            if module.bias is not None and not pads(module):
+                bias = module.bias.chunk(groups)[begin // wide]
+                bias += weight[:, gone].reshape(len(weight), len(gone), -1).double().sum(dim=2) @ c[gone]
+            else:
+                roots = {j: channels.root(reader.source.ids[begin + j]) for j in gone}
+                # Not a representative that is tiny here: ratios far above 1 would cost precision.
+                enough = 0.1 * float(c[gone].abs().max())
+                known = [j for j in gone if roots[j] in representatives and abs(float(c[j])) >= enough]
+                r = max(known or gone, key=lambda j: abs(float(c[j])))
+                representatives.add(roots[r])
+                gone.remove(r)
+                ratio = (c[gone] / c[r]).view(1, -1, *[1] * (weight.dim() - 2))
+                weight[:, r] += (weight[:, gone].double() * ratio).sum(dim=1)
+            weight[:, gone] = 0
+            moved += len(gone)
     return moved
 
 
@@ -225,11 +233,12 @@ def narrow(channels: Channels) -> dict[str, Slices]:
             continue
         narrowed.add(module)
         inputs, outputs = torch.tensor(channels.order(read)), torch.tensor(channels.order(made))
+        grouped = _inside_groups(channels.groups[module], module) if module in channels.groups else None
         for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if value.dim() == 0:
                 continue
-            reads = value.dim() > 1 and getattr(module, "groups", 1) == 1
-            at = slices[f"{module_name(node)}.{name}".removeprefix(".")] = (outputs, inputs if reads else None)
+            second = None if value.dim() < 2 else inputs if getattr(module, "groups", 1) == 1 else grouped
+            at = slices[f"{module_name(node)}.{name}".removeprefix(".")] = (outputs, second)
             cut = sliced(value.detach(), at)
             is_parameter = isinstance(value, nn.Parameter)
             setattr(module, name, nn.Parameter(cut, requires_grad=value.requires_grad) if is_parameter else cut)
@@ -241,9 +250,19 @@ def narrow(channels: Channels) -> dict[str, Slices]:
 
 def sliced(value: Tensor, at: Slices) -> Tensor:
     """The kept part of a tensor of the shape that a parameter had before `narrow`."""
-    first, second = at
-    value = value[first.to(value.device)]
-    return (value if second is None else value[:, second.to(value.device)]).contiguous()
+    first, second = (None if index is None else index.to(value.device) for index in at)
+    value = value[first]
+    if second is None or second.dim() == 1:
+        return (value if second is None else value[:, second]).contiguous()
+    second = second.view(*second.shape, *[1] * (value.dim() - 2)).expand(-1, -1, *value.shape[2:])
+    return value.gather(1, second.clamp(min=0)) * (second >= 0)
+
+
+def _inside_groups(groups: list[Group], module: nn.Module) -> Tensor:
+    """int64 (C_out, width): for every weight of the new groups its place among the old filter's; -1: a zero."""
+    wide = module.weight.shape[1]
+    rows = [[p % wide if p // wide == out // wide else -1 for p in ins] for ins, outs in groups for out in outs]
+    return torch.tensor(rows)
 
 
 @torch.no_grad()
