@@ -15,12 +15,12 @@ import models
 import utils.small.cut as small_network
 from AHSG_HT import AHSG_HT, following_additives
 from models.resnet_cifar import CifarResNet, OptionA
-from models.small import narrow_like, pack
+from models.small import pack
 from utils import get_small_model
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
-from utils.bench.torchvision_networks import make_row
 from utils.base.torchvision_import import import_torchvision
+from utils.bench.torchvision_networks import make_row
 from utils.small.channels import analyse
 from utils.small.counts import count
 from utils.small.cut import make_small, narrow, sliced
