@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
 class OrderError(Exception):
-    """The kept channels cannot be ordered so that every option-A shortcut stays a plain zero-pad."""
+    """No order of the kept channels suits every option-A shortcut, grouped convolution, concatenation and pin."""
 
 
 class LayerCall(NamedTuple):
@@ -64,7 +65,7 @@ class Channels:
         pads: option-A shortcuts.
         layers: every call of a convolution, linear layer or BatchNorm that is narrowed.
         joins: (ids of a concatenation, ids of its parts).
-        groups: new groups of grouped convolutions.
+        groups, orders: of grouped convolutions: the new groups; (ids, the order of those that are kept).
         keep, rank: set by `select`: bool per id, read at the roots, what is kept; {root: place} of ordered classes.
     """
 
@@ -77,6 +78,7 @@ class Channels:
     layers: list[LayerCall] = field(default_factory=list)
     joins: list[tuple[list[int], list[list[int]]]] = field(default_factory=list)
     groups: dict[nn.Module, list[Group]] = field(default_factory=dict)
+    orders: list[tuple[list[int], list[int]]] = field(default_factory=list)
     pinned: list[Pinned] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     keep: Tensor | None = None
@@ -141,42 +143,31 @@ class Channels:
 
     def select(self, keep: Tensor) -> None:
         """Takes a result of `close` as what is kept, and finds its order: the kept channels of an option-A shortcut's
-        input become the first of its result.
+        input become the first of its result, those of grouped convolutions follow `orders`.
 
         Raises:
             OrderError: no such order, or one that an operation does not keep to.
         """
         self.keep, self.rank = keep, {}
         for pad in self.pads:
-            arriving = self.order(pad.source.ids)
-            others = [p for p in self.order(pad.ids) if p not in set(arriving)]
-            for place, p in enumerate(arriving + others):
-                self.rank.setdefault(self.root(pad.ids[p]), place)
-        ordered = [
-            (ids, [p for group in self.groups[r.module] for p in group[side]])
-            for r in self.readers
-            if r.module in self.groups
-            for side, ids in enumerate((r.source.ids, r.ids))
-        ]
-        for ids, wanted in ordered:
-            for place, p in enumerate(wanted):
-                self.rank.setdefault(self.root(ids[p]), place)
-        if any(self.order(ids) != wanted for ids, wanted in ordered):
-            raise OrderError("a grouped convolution")
-        for pad in self.pads:
-            arriving = self.order(pad.source.ids)
-            if self.order(pad.ids)[: len(arriving)] != arriving:
-                raise OrderError(layer_name(pad.node))
-        for pinned in self.pinned:
-            if self.order(pinned.ids) != list(range(len(pinned.ids))):
-                raise OrderError(pinned.layer)
+            self._rank(pad.ids, self._arriving_first(pad))
+        for ids, order in self.orders:
+            self._rank(ids, order)
+        wanted = [*self.orders, *((p.ids, list(range(len(p.ids)))) for p in self.pinned)]
         for ids, parts in self.joins:
-            begin, expected = 0, []
-            for part in parts:
-                expected += [begin + p for p in self.order(part)]
-                begin += len(part)
-            if self.order(ids) != expected:
-                raise OrderError("concatenation")
+            begins = accumulate(map(len, parts[:-1]), initial=0)
+            wanted.append((ids, [b + p for b, part in zip(begins, parts, strict=True) for p in self.order(part)]))
+        wanted += [(pad.ids, self._arriving_first(pad)) for pad in self.pads]
+        if any(self.order(ids) != order for ids, order in wanted):
+            raise OrderError
+
+    def _arriving_first(self, pad: Pad) -> list[int]:
+        arriving = self.order(pad.source.ids)
+        return arriving + [p for p in self.order(pad.ids) if p not in set(arriving)]
+
+    def _rank(self, ids: list[int], order: list[int]) -> None:
+        for place, p in enumerate(order):
+            self.rank.setdefault(self.root(ids[p]), place)
 
     def order(self, ids: list[int]) -> list[int]:
         """After `select`: positions in `ids` of the kept channels, in the order that they have in the small network."""

@@ -61,10 +61,6 @@ class Report:
     images: int = 0
 
 
-class _Different(UserError):
-    """The small network does not equal the network."""
-
-
 def make_small(
     net: nn.Module, example_input: Tensor, images: Tensor | None = None, *, round_to: int = 1
 ) -> tuple[nn.Module, Report]:
@@ -88,28 +84,22 @@ def make_small(
     example = torch.cat([example, example])[:2]
     batches = [torch.randn(RANDOM_IMAGES, *example.shape[1:], generator=torch.Generator().manual_seed(0))]
     batches += images.detach().cpu().float().split(BATCH) if images is not None else []
-    try:
-        return _make_small(masked, example, batches, round_to, merge=True)
-    except _Different:
-        # Moving constants is the one step that changes weights; where it costs precision, they stay.
-        return _make_small(masked, example, batches, round_to, merge=False)
-
-
-def _make_small(
-    masked: nn.Module, example: Tensor, batches: list[Tensor], round_to: int, merge: bool
-) -> tuple[nn.Module, Report]:
-    small, report = copy.deepcopy(masked), Report()
-    try:
-        graph = trace(small, example)
-    except Exception as error:
-        raise UserError(f"the network does not run on an input of shape {tuple(example.shape)}: {error}") from None
-    if merge:
-        report.merged = merge_constants(analyse(graph, regroup=True))
-    channels = _select_needed(graph, round_to)
-    describe(channels, report)
-    report.slices = narrow(channels)
-    check_equal(masked, small, batches, channels, report)
-    return small, report
+    # Moving constants is the one step that changes weights; where it costs precision, they stay.
+    for merge in (True, False):
+        small, report = copy.deepcopy(masked), Report()
+        try:
+            graph = trace(small, example)
+        except Exception as error:
+            raise UserError(f"the network does not run on an input of shape {tuple(example.shape)}: {error}") from None
+        if merge:
+            report.merged = merge_constants(analyse(graph, regroup=True))
+        channels = _select_needed(graph, round_to)
+        describe(channels, report)
+        report.slices = narrow(channels)
+        different = check_equal(masked, small, batches, channels, report)
+        if different is None:
+            return small, report
+    raise UserError(different)
 
 
 def _select_needed(graph: fx.GraphModule, round_to: int) -> Channels:
@@ -266,8 +256,10 @@ def _inside_groups(groups: list[Group], module: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def check_equal(masked: nn.Module, small: nn.Module, batches: list[Tensor], channels: Channels, report: Report) -> None:
-    """Raises UserError when the two differ by more than is allowed in any output; names the layer where they part."""
+def check_equal(
+    masked: nn.Module, small: nn.Module, batches: list[Tensor], channels: Channels, report: Report
+) -> str | None:
+    """None, or where the two differ by more than is allowed in any output: by how much, and in which layer first."""
     for batch in batches:
         expected, found = (torch.cat([t.double().flatten() for t in tensors(net(batch))]) for net in (masked, small))
         difference = float((expected - found).abs().max())
@@ -280,10 +272,11 @@ def check_equal(masked: nn.Module, small: nn.Module, batches: list[Tensor], chan
             advice = "the network's own weights or logits are not finite numbers"
         elif largest > LARGEST_LOGIT:
             advice = f"logits reach {largest:.3g}, too large for float32; train longer, or with a smaller learning rate"
-        raise _Different(
+        return (
             f"the small network differs by {difference:.3g} in a logit (allowed: {TOLERANCE:g}), first at "
             f"{first_difference(masked, small, batch[:2], channels)}; it is not written: {advice}"
         )
+    return None
 
 
 def first_difference(masked: nn.Module, small: nn.Module, batch: Tensor, channels: Channels) -> str:

@@ -27,20 +27,22 @@ def regroup(channels: Channels, keep: Tensor) -> Tensor:
         `keep` with the removed channels that fill up the groups.
 
     Raises:
-        OrderError: a layer is called twice, or the channels that would fill it up do not suffice.
+        OrderError: a layer is called twice.
     """
-    full = keep.clone()
+    full, roots = keep.clone(), channels.roots()
     for reader in channels.readers:
         if getattr(reader.module, "groups", 1) > 1:
             if reader.module in channels.groups:
-                raise OrderError("a grouped convolution that is called twice")
-            channels.groups[reader.module] = _plan(channels, reader, keep, full)
-    return channels.close(full)
+                raise OrderError
+            groups = channels.groups[reader.module] = _plan(channels, reader, keep, full, roots)
+            for side, ids in enumerate((reader.source.ids, reader.ids)):
+                channels.orders.append((ids, [p for group in groups for p in group[side]]))
+    return channels.close(full) if channels.groups else keep
 
 
-def _plan(channels: Channels, reader: Reader, keep: Tensor, full: Tensor) -> list[Group]:
+def _plan(channels: Channels, reader: Reader, keep: Tensor, full: Tensor, roots: Tensor) -> list[Group]:
     """The new groups; the channels that fill them up are set in `full`."""
-    sides, roots, wide = (reader.source.ids, reader.ids), channels.roots(), reader.module.weight.shape[1]
+    sides, wide = (reader.source.ids, reader.ids), reader.module.weight.shape[1]
     needed = [keep[roots[ids]].tolist() for ids in sides]
     old = [
         tuple([p for p in range(begin, begin + wide) if side[p]] for side in needed)
