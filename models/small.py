@@ -70,13 +70,10 @@ def narrow_like(net: nn.Module, state_dict: dict[str, Tensor], pads: dict[str, i
 def pack(
     net: nn.Module, arch: str, num_classes: int, input_shape: tuple[int, ...], kept: dict[str, list[int]], **facts
 ) -> dict:
-    """The content of a small network's file, for utils.base.checkpoint.write; models.load makes the network of it
-    again.
+    """The content of a small network's file, for utils.base.checkpoint.write and models.load.
 
     Args:
-        net: the small network.
         arch: name of the network that it was made from, of this project's registry or of torchvision.models.
-        num_classes: width of its output.
         input_shape: (C, H, W) of the images it is for.
         kept: {layer's weight: original indices of its filters}, as make_small reports them.
         facts: further plain entries.
@@ -104,13 +101,13 @@ def pack(
 
 
 @torch.no_grad()
-def check_narrowed(net: nn.Module, input_shape: tuple[int, ...], path: object) -> None:
-    """Raises UserError when the widths of a file's layers do not fit each other."""
+def misfit(net: nn.Module, input_shape: tuple[int, ...]) -> str | None:
+    """Why the widths of a network's layers do not fit each other; None where they do."""
     was_training = net.training
     try:
         net.eval()(torch.zeros(1, *input_shape))
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the layers in '{path}' do not fit each other ({reason}); use an intact file") from None
+        return str(error).splitlines()[0]
     finally:
         net.train(was_training)
+    return None

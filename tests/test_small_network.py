@@ -184,7 +184,7 @@ def test_grouped_convolutions_take_fewer_groups(padding, constant, tmp_path, mon
 
 @pytest.mark.parametrize("arch, saved", [("mobilenet_v3_small", 30), ("regnet_y_400mf", 15)])
 def test_torchvision_networks(arch, saved):
-    row = make_row(arch, 0.7, random_means=False)
+    row = make_row(arch, random_means=False)
     assert (row["result"], row["kept whole"]) == ("equal", "-") and row["saved (%)"] > saved
 
 

@@ -1,15 +1,11 @@
 """Does every torchvision network have an equal small network? `python -m utils.bench.torchvision_networks [NAMES]`.
 
-Each network, with random weights and BatchNorm statistics, is thresholded once and cut, in a process of its own.
-Without NAMES: all classification networks of torchvision.models.
+Each network, with random weights and BatchNorm statistics, is thresholded once and cut.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +19,12 @@ from utils.bench.report import make_parser, parse, publish
 from utils.small.counts import multiply_adds
 from utils.small.cut import make_small
 from utils.small.trace import trace
-from utils.train.options import kept_rate
 
+HTRATE = 0.7
 SIZES = (64, 96, 224)  # pixels; the smallest that a network takes is used
 Norm = nn.modules.batchnorm._BatchNorm
 
 
-@torch.no_grad()
 def make_network(name: str) -> tuple[nn.Module, Tensor]:
     """(a network with random BatchNorm parameters and statistics, and logits of at most 1; two images)."""
     torch.manual_seed(0)
@@ -53,33 +48,30 @@ def make_network(name: str) -> tuple[nn.Module, Tensor]:
     return net, images
 
 
-@torch.no_grad()
-def threshold(net: nn.Module, images: Tensor, HTrate: float, random_means: bool) -> None:
+def threshold(net: nn.Module, images: Tensor, random_means: bool) -> None:
     """AHSG_HT's H on every convolution; the BatchNorm that belongs to it is the one that reads it."""
     graph = trace(net, images)
     for node in [n for n in graph.graph.nodes if n.op == "call_module"]:
         conv = graph.get_submodule(node.target)
         if isinstance(conv, nn.Conv2d):
-            removed = conv.weight.flatten(1).norm(dim=1).argsort()[: -kept_count(len(conv.weight), HTrate)]
+            removed = conv.weight.flatten(1).norm(dim=1).argsort()[: -kept_count(len(conv.weight), HTRATE)]
             readers = [graph.get_submodule(user.target) for user in node.users if user.op == "call_module"]
             norms = [module for module in readers if isinstance(module, Norm)]
-            for value in (conv.weight, conv.bias, *(norm.bias for norm in norms)):
+            # After training the running mean of a removed filter is 0: it decays by a tenth in every step.
+            means = [] if random_means else [norm.running_mean for norm in norms]
+            for value in (conv.weight, conv.bias, *(norm.bias for norm in norms), *means):
                 if value is not None:
                     value[removed] = 0
-            # As after training, where that of a removed filter decays by a tenth in every step.
-            for norm in norms if not random_means else []:
-                norm.running_mean[removed] = 0
 
 
 @torch.no_grad()
-def make_row(name: str, HTrate: float, random_means: bool) -> dict:
-    torch.set_num_threads(1)
+def make_row(name: str, random_means: bool) -> dict:
     row = {"network": name, "pixels": "-", "result": "equal", "multiply-adds (M)": "-"}
     row |= {"saved (%)": 0.0, "relative difference": "-", "kept whole": "-"}
     try:
         net, images = make_network(name)
         row["pixels"] = images.shape[-1]
-        threshold(net, images, HTrate, random_means)
+        threshold(net, images, random_means)
         small, report = make_small(net, images, images)
     except Exception as error:  # the table has it, and the next network is tried
         kind = "refused" if isinstance(error, (UserError, ValueError)) else f"failed, {type(error).__name__}"
@@ -95,19 +87,12 @@ def make_row(name: str, HTrate: float, random_means: bool) -> dict:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, repeats=1)
-    parser.add_argument("names", nargs="*", help="networks (all)")
-    parser.add_argument("--HTrate", type=kept_rate, default=0.7, help="share of filters KEPT (0.7)")
+    parser.add_argument("names", nargs="*", help="networks (all classification networks of torchvision.models)")
     parser.add_argument("--random_means", action="store_true", help="removed filters have a running mean other than 0")
     args = parse(parser, "torchvision_networks", argv)
     torchvision, rows = import_torchvision(), []
-    for name in args.names:
-        models.check_torchvision_arch(name)
     for name in args.names or torchvision.models.list_models(torchvision.models):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            try:
-                rows.append(pool.submit(make_row, name, args.HTrate, args.random_means).result())
-            except BrokenProcessPool:
-                raise UserError(f"the process of {name} was killed; give the machine more memory") from None
+        rows.append(make_row(name, args.random_means))
         print(", ".join(map(str, rows[-1].values())), flush=True)
     equal, saved = sum(row["result"] == "equal" for row in rows), sum(row["saved (%)"] >= 15 for row in rows)
     note = f"{equal} of {len(rows)} have an equal small network, {saved} of them one that saves at least 15 %."

@@ -31,13 +31,12 @@ def write_small(
     checkpoint: dict,
     name: str | None = None,
 ) -> tuple[Path, dict]:
-    """Writes the file of a small network; models.load makes the network of it again.
+    """Writes the file of a small network, which models.load reads.
 
     Args:
         net, small, report: given to and by make_small; `net` is one of models.build or models.load.
         shape: (C, H, W) of an image.
-        checkpoint: of `net`; where it is a small network itself, the kept filters are numbered as in the first,
-            unpruned network.
+        checkpoint: of `net`. Kept filters are numbered as in the unpruned network, also where `net` is a small one.
         name: of the file (small.<arch>.pth.tar).
 
     Returns:
@@ -65,21 +64,14 @@ def write_small(
 
 
 def small_table(arch: str, facts: dict, report: Report) -> str:
-    """Filters kept per layer, the costs before and after, and which layers could not be narrowed further.
-
-    Args:
-        facts: of write_small.
-    """
+    """Filters kept per layer, costs before and after, layers kept whole; `facts` are those of write_small."""
     width = max(map(len, report.kept))
     lines = [f"{arch}", f"{'layer':{width}}  filters  kept"]
     lines += [f"{name:{width}}  {report.filters[name]:7d}  {len(kept):4d}" for name, kept in report.kept.items()]
     lines += ["", f"{'one image':{width}}  {'before':>14}  {'after':>14}  change"]
-    for key, name, unit in (
-        ("parameters", "parameters", ""),
-        ("multiply_adds", "multiply-adds", ""),
-        ("peak_activation_bytes", "peak activations", " B"),
-    ):
-        a, b = facts["before"][key], facts["after"][key]
+    names = (("parameters", ""), ("multiply-adds", ""), ("peak activations", " B"))
+    counts = zip(facts["before"].values(), facts["after"].values(), strict=True)
+    for (name, unit), (a, b) in zip(names, counts, strict=True):
         lines.append(f"{name:{width}}  {f'{a:,}{unit}':>14}  {f'{b:,}{unit}':>14}  {100 * (b / a - 1):+5.1f} %")
     equality = f"logits differ by at most {report.difference:.1e} on {report.images} images"
     lines.append(f"file {facts['file_bytes']:,} B; {equality}")
