@@ -55,8 +55,6 @@ def test_entries_of_others_are_read_where_they_are_what_their_names_say(tmp_path
         dict(num_classes=10**9),
         dict(input_shape=[3, 10**6, 10**6]),
         dict(epoch=-1),
-        dict(arch=["resnet8"]),
-        dict(history={"epoch": 1}),
         dict(optimizer={"state": 1}),
         dict(normalisation={"mean": [0.5]}),
     ],

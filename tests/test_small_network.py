@@ -20,7 +20,7 @@ from utils import get_small_model
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 from utils.base.torchvision_import import import_torchvision
-from utils.bench.torchvision_networks import make_row
+from utils.bench import torchvision_networks
 from utils.small.channels import analyse
 from utils.small.counts import count
 from utils.small.cut import make_small, narrow, sliced
@@ -126,7 +126,7 @@ def test_random_networks_are_equal(constants):
 def test_nothing_removable_is_left():
     """Widths are those that are measured: a channel stays only if some layer finds it to be other than zero."""
     strict = 0
-    for seed in range(80):
+    for seed in range(50):
         net = RandomNet(seed, leaky=True)
         zero_filters(net, constants=False)
         needed = needed_labels(net, images(32, SIZE))
@@ -139,7 +139,7 @@ def test_nothing_removable_is_left():
             continue  # a layer of which nothing is needed keeps one channel, and what that one is coupled to
         assert {name: len(small.get_submodule(name).weight) for name, _ in layers} == expected, seed
         strict += 1
-    assert strict >= 30
+    assert strict >= 15
 
 
 class Grouped(nn.Module):
@@ -182,10 +182,11 @@ def test_grouped_convolutions_take_fewer_groups(padding, constant, tmp_path, mon
     assert difference(models.load(tmp_path / "file"), small, images(4, 8)) == 0
 
 
-@pytest.mark.parametrize("arch, saved", [("mobilenet_v3_small", 30), ("regnet_y_400mf", 15)])
-def test_torchvision_networks(arch, saved):
-    row = make_row(arch, random_means=False)
-    assert (row["result"], row["kept whole"]) == ("equal", "-") and row["saved (%)"] > saved
+def test_torchvision_networks_are_equal_and_smaller(tmp_path):
+    least = {"mobilenet_v3_small": 30, "regnet_y_400mf": 15}
+    torchvision_networks.main([*least, "--save_path", str(tmp_path)])
+    for row in json.loads((tmp_path / "networks.json").read_text())["timings"]:
+        assert (row["result"], row["kept whole"]) == ("equal", "-") and row["saved (%)"] > least[row["network"]]
 
 
 # -- a set of channels of one's own --

@@ -48,8 +48,8 @@ def write(checkpoint: dict, *paths: str | os.PathLike, keep: Path | None = None)
 def read(path: str | os.PathLike) -> dict:
     """A checkpoint as a dict with at least "state_dict", tensors on the CPU; nothing in it is executed (weights_only).
 
-    A bare state dict is wrapped, a `module.` prefix of the names removed. Of files of other projects, as AHSG-HT's
-    release and soft filter pruning, arch, epoch, best_prec1 and optimizer are kept where they are of the expected type.
+    A bare state dict is wrapped, a `module.` prefix of the names removed. Of other projects' files the entries
+    FROM_OTHERS are kept where they are of the expected type.
 
     Raises:
         UserError: missing, damaged, unsafe, or no checkpoint.

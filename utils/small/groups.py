@@ -12,9 +12,6 @@ from torch import Tensor
 from utils.small.channels import Channels, Group, OrderError
 from utils.small.rules import Reader
 
-# Shares of a layer's number of groups that are tried.
-SHARES = (1, 3 / 4, 2 / 3, 1 / 2, 1 / 3, 1 / 4)
-
 
 def regroup(channels: Channels, keep: Tensor) -> Tensor:
     """Plans the groups of every grouped convolution, `channels.groups`, which `Channels.select` follows.
@@ -49,16 +46,16 @@ def _plan(channels: Channels, reader: Reader, keep: Tensor, full: Tensor, roots:
         for begin in range(0, len(reader.ids), wide)
     ]
     kernel = reader.module.weight[0, 0].numel()
-    beside = sum(r.module.weight[0].numel() for r in channels.readers if roots[r.ids[0]] == roots[sides[0][0]])
-    beside += sum(
-        r.module.weight[:, 0].numel() for r in channels.readers if roots[r.source.ids[0]] == roots[sides[1][0]]
-    )
+    makers = [r.module.weight[0] for r in channels.readers if roots[r.ids[0]] == roots[sides[0][0]]]
+    users = [r.module.weight[:, 0] for r in channels.readers if roots[r.source.ids[0]] == roots[sides[1][0]]]
+    beside = sum(weight.numel() for weight in makers + users)
 
     def cost(groups: list[Group]) -> int:
         width = _width(groups)
         return len(groups) * width * (beside + width * kernel)
 
-    tried = [_pack(old, max(1, int(len(old) * share))) for share in SHARES]
+    # Far fewer groups cost more in this layer than narrower ones save beside it.
+    tried = [_pack(old, number) for number in range(max(1, len(old) // 4), len(old) + 1)]
     groups = min((g for g in tried if len(g) * _width(g) <= len(reader.ids)), key=cost)
     # Channels that read nothing come first: they need no others.
     free = [[p for p, is_needed in enumerate(side) if not is_needed] for side in needed]

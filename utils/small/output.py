@@ -99,9 +99,8 @@ def export(small: nn.Module, example: Tensor, path: Path, kind: str) -> Path:
     batch = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(small, (example,), dynamic_shapes=batch)
     # torch writes both kinds by itself, so they go to a temporary file first.
-    stem = path.name.removesuffix(".tar").removesuffix(".pth")
-    target = path.with_name(stem + (".pt2" if kind == "torch" else ".onnx"))
-    temporary = target.with_name(f".tmp.{target.name}")
+    stem, end = path.name.removesuffix(".tar").removesuffix(".pth"), "pt2" if kind == "torch" else "onnx"
+    target, temporary = path.with_name(f"{stem}.{end}"), path.with_name(f".tmp.{stem}.{end}")
     if kind == "torch":
         torch.export.save(program, temporary)
     else:

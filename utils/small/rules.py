@@ -103,22 +103,18 @@ def _reader(channels: Channels, node: fx.Node, module: nn.Module) -> Value:
     n, groups, bias = len(module.weight), getattr(module, "groups", 1), _vector(module.bias, len(module.weight), 0)
     c = source.constant if not pads(module) else source.constant.where(source.constant == 0, math.nan)
     weight = module.weight.detach().cpu().flatten(1).view(groups, n // groups, module.weight.shape[1], -1)
-    nonzero, unknown, sums = (weight != 0).any(dim=3), torch.isnan(c), weight.double().sum(dim=3)
+    nonzero, unknown = (weight != 0).any(dim=3), torch.isnan(c)
     if groups > 1 and groups == len(source.ids) == n:  # depthwise
         zero = ~nonzero.flatten() | (c == 0)
-        return Value(source.ids, _product(sums.flatten(), c, zero) + bias)
+        return Value(source.ids, (weight.double().sum(dim=(1, 2, 3)) * c).where(~zero, 0) + bias)
     if groups > 1 and (not channels.regroup or n != len(source.ids)):
         raise Unknown(f"{layer_name(node)} is a grouped convolution")
-    constant = bias + (sums @ c.where(~unknown, 0).view(groups, -1, 1)).flatten()
+    steady = c.where(~unknown, 0).view(groups, -1, 1)
+    constant = bias + (weight.sum(dim=3, dtype=torch.float64) @ steady).flatten() if steady.any() else bias
     varies = (nonzero & unknown.view(groups, 1, -1)).any(dim=2).flatten()
     ids = channels.new(n)
     channels.readers.append(Reader(module, source, ids, torch.block_diag(*nonzero)))
     return Value(ids, constant.where(~varies, math.nan))
-
-
-def _product(a: Tensor, b: Tensor, zero: Tensor) -> Tensor:
-    """a * b, and 0 where `zero`, also where the other factor is not known."""
-    return (a * b).where(~zero, 0)
 
 
 def _batch_norm(channels: Channels, node: fx.Node, module: nn.Module) -> Value:
@@ -128,7 +124,7 @@ def _batch_norm(channels: Channels, node: fx.Node, module: nn.Module) -> Value:
     mean, var = _vector(module.running_mean, n, math.nan), _vector(module.running_var, n, math.nan)
     weight = _vector(module.weight, n, 1)
     normalised = (source.constant - mean) / (var + module.eps).sqrt()
-    return Value(source.ids, _product(normalised, weight, weight == 0) + _vector(module.bias, n, 0))
+    return Value(source.ids, (normalised * weight).where(weight != 0, 0) + _vector(module.bias, n, 0))
 
 
 def _option_a(channels: Channels, node: fx.Node, module: OptionA) -> Value:
