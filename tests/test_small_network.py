@@ -297,7 +297,10 @@ class ThreeConvs(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("middle", [Shuffle(), nn.GroupNorm(3, 6), nn.PixelShuffle(1), nn.Softmax(dim=1)])
+GROUPED_TWICE = nn.Sequential(*[nn.Conv2d(6, 6, 1, groups=3)] * 2)
+
+
+@pytest.mark.parametrize("middle", [Shuffle(), nn.GroupNorm(3, 6), nn.PixelShuffle(1), nn.Softmax(1), GROUPED_TWICE])
 def test_unknown_operation_keeps_its_channels(middle):
     net = ThreeConvs(middle)
     small, report = make_small(net, images(1, 12))
