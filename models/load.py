@@ -39,7 +39,7 @@ def load_with_name(path: str | os.PathLike, arch: str | None = None) -> tuple[st
 def load_checkpoint(path: str | os.PathLike, arch: str | None = None) -> dict:
     """A checkpoint whose entries "state_dict" and "arch" are those of a network that this project builds.
 
-    Where the network was not trained with the usual mean and std of its data set, "normalisation" says with which:
+    Where the network was not trained with the usual mean and std of its data set, "normalisation" names them:
     {"mean": [...], "std": [...]}, per channel, of images in 0..1.
 
     Args:
@@ -51,7 +51,7 @@ def load_checkpoint(path: str | os.PathLike, arch: str | None = None) -> dict:
     checkpoint = convert_public(checkpoints.read(path), arch, path)
     arch = checkpoint.get("arch") or arch
     if arch is None:
-        raise UserError(f"'{path}' does not name its network; say which: one of {', '.join(REGISTRY)}")
+        raise UserError(f"'{path}' does not name its network; use --arch with one of {', '.join(REGISTRY)}")
     return {**checkpoint, "arch": arch}
 
 
@@ -111,6 +111,6 @@ def last_layer(net: nn.Module) -> str:
 
 
 def input_shape(arch: str, checkpoint: dict | None = None) -> tuple[int, int, int]:
-    """(C, H, W) of the images that a network is for, where its file does not say."""
+    """(C, H, W) of the images that a network is for, where its file does not hold it."""
     other = arch not in REGISTRY if checkpoint is None else is_torchvisions(checkpoint, arch)
     return (3, 224, 224) if other else (3, 32, 32)

@@ -163,7 +163,7 @@ def zero_filters(net: RandomNet, *, constants: bool) -> None:
 def needed_labels(net: RandomNet, images: Tensor) -> set[int] | None:
     """Labels of which a needed layer reads something other than zero in `images`, and those linked to them.
 
-    None where a layer reads a constant other than zero: which of those can go is another question.
+    None where a layer reads a constant other than zero: which of those can be removed is another question.
     """
     seen: dict[nn.Module, Tensor] = {}
 

@@ -88,14 +88,14 @@ class Payload:
         return open, (self.trap, "w")
 
 
-@pytest.mark.parametrize("how", ["zip", "legacy", "pickle", "marked"])
+@pytest.mark.parametrize("how", ["zip", "legacy", "pickle", "own format"])
 def test_a_payload_never_runs(tmp_path, how):
     trap, path = tmp_path / "trap", tmp_path / "evil.pth.tar"
     content = {"state_dict": {"w": torch.ones(3)}, "settings": {"x": Payload(trap)}}
     if how == "pickle":
         path.write_bytes(pickle.dumps(content, protocol=2))
     else:
-        content |= {"format": checkpoints.FORMAT} if how == "marked" else {}
+        content |= {"format": checkpoints.FORMAT} if how == "own format" else {}
         torch.save(content, path, _use_new_zipfile_serialization=how != "legacy")
     refused(path, "could run code")
     assert not trap.exists()

@@ -116,7 +116,7 @@ def test_impossible_depths_are_named(network, depth):
 
 
 class Toy(nn.Module):
-    """What a newcomer writes: an option of its own, layers of any name, a convolution as its head."""
+    """A user's network: an option of its own, layers of any name, a convolution as its head."""
 
     def __init__(self, num_classes=10, hidden=8):
         super().__init__()

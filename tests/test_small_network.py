@@ -193,7 +193,7 @@ def test_torchvision_networks_are_equal_and_smaller(tmp_path):
 
 
 def test_chosen_channels_are_cut_and_reported():
-    """As a pruning method does in training: channels that still have an effect go; slices say what was kept."""
+    """As a pruning method does in training: channels that still have an effect are removed; slices hold what was kept."""
     torch.manual_seed(0)
     net = pruned(CifarResNet(8), HTrate=1, steps=2)
     before = {name: value.clone() for name, value in net.state_dict().items()}

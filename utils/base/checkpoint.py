@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from utils.base.errors import UserError
 from utils.base.files import replace_file
 
-# Marks files of this project.
+# The entry "format" of this project's files.
 FORMAT = "ahsg-ht 1"
 # Entries and their types.
 NUMBER = (int, float)
@@ -34,7 +34,7 @@ def write(checkpoint: dict, *paths: str | os.PathLike, keep: Path | None = None)
     """Writes a checkpoint of plain values and tensors to each of the paths.
 
     Args:
-        keep: where the file that the last path had before goes.
+        keep: the new path of the file that the last path had before.
 
     Raises:
         UserError: the disk is full or the folder not writable; earlier files at the paths are untouched.

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run that is asked to stop finishes its mini-batch and writes a checkpoint."""
+"""SIGTERM and Ctrl-C: a run that has to stop finishes its mini-batch and writes a checkpoint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """Whether this process was asked to stop. One per process, `stop` below, as signals are.
+    """Whether this process has to stop. One per process, `stop` below, as signals are.
 
     Under `handled` the first signal raises Stopped at once; under `deferred` it is only noted, and the training loop
     calls `pending` after every mini-batch. A second signal, later than SAME_REQUEST_SECONDS, ends the process at once.
@@ -70,7 +70,7 @@ class StopRequest:
             self._deferred = outer
 
     def pending(self) -> int:
-        """The signal that asks to stop, 0 for none; the same on each rank, so each must ask equally often."""
+        """The signal that came, 0 for none; the same on each rank, so each must call this equally often."""
         self._agreed = max(self._agreed, self.signum if self.reduce is None else self.reduce(self.signum))
         return self._agreed
 

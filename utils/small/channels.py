@@ -6,7 +6,7 @@
 
 Every channel of every value in the graph belongs to a class, named by its root. Operations that treat channels one by
 one (BatchNorm, ReLU, pooling, addition) put the channels of their operands and of their result into one class; a class
-stays or goes as one. A class is needed when a convolution or linear layer that is itself needed reads a channel of it
+is kept or removed as one. A class is needed when a convolution or linear layer that is itself needed reads a channel of it
 that is not zero for every input, through a weight that is not zero; or when an operation without a rule touches it.
 Needs spread from the outputs back until nothing changes; all other classes can be cut out exactly. The rules of the
 single operations are in utils.small.rules.
@@ -60,7 +60,7 @@ class Channels:
     Attributes:
         tie_pads: an option-A shortcut couples its channels to those it is added to: stages keep their original order.
         values: by node.
-        regroup: grouped convolutions are readers too, and need a plan (utils.small.groups); else they keep all channels.
+        regroup: grouped convolutions are readers and need a plan (utils.small.groups); else they keep all channels.
         readers: convolutions that are not depthwise, and linear layers.
         pads: option-A shortcuts.
         layers: every call of a convolution, linear layer or BatchNorm that is narrowed.
@@ -117,7 +117,7 @@ class Channels:
 
         Args:
             keep: bool per id, read at the roots (None: no class). It is changed and returned.
-            by_weights: a kept filter needs what it reads. False: only what the graph's structure asks for is added, as
+            by_weights: a kept filter needs what it reads. False: only what the graph's structure needs is added, as
                 where a pruning method removes channels that still have an effect.
         """
         keep = torch.zeros(len(self.parents), dtype=torch.bool) if keep is None else keep

@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiply-adds, memory of activations; and what the papers' formula says.
+"""What a network costs: parameters, multiply-adds, memory of activations; and the papers' formula.
 
 Multiply-adds are those of convolutions and linear layers, integers of the real network, for one image. BatchNorm,
 activations, pooling and additions are not counted, as in the papers.
@@ -76,7 +76,7 @@ def peak_activation_bytes(net: nn.Module, example: Tensor) -> int:
 
 
 def papers_cut(depth: int, HTrate: float) -> float:
-    """Share of multiply-adds that Soft Filter Pruning's formula (He et al., IJCAI 2018) says a CIFAR ResNet saves.
+    """Share of a CIFAR ResNet's multiply-adds saved, by Soft Filter Pruning's formula (He et al., IJCAI 2018).
 
     Every layer keeps the share `HTrate` of its filters, as a real number. The residual stream keeps its full width: a
     block's first convolution reads all channels, its second the kept ones; the very first block reads the stem's kept

@@ -3,7 +3,7 @@
     small, report = make_small(net, example_input)
 
 An exact rewrite: same Python, same state-dict names, narrower layers; dense, nothing is gathered or scattered at run
-time. Channels go wherever utils.small.channels proves that they are not needed, in the residual stream too. With
+time. Channels are removed wherever utils.small.channels proves that they are not needed, in the residual stream too. With
 option-A shortcuts the kept channels of a stage are ordered so that those that arrive from the stage before come first,
 and the shortcut stays a plain zero-pad.
 """
@@ -68,7 +68,7 @@ def make_small(
 
     Args:
         net: any network that takes one tensor; it is not changed. What torch.fx cannot trace, or has no rule, keeps its
-            channels, and the report says so.
+            channels; the report names it.
         example_input: images (B, ...) of the size that the network is for; their values do not matter.
         images: real images (N, ...), normalised, on which the two networks are compared besides random ones.
         round_to: channels of a layer are filled up to a multiple of this with the strongest of the removed ones.

@@ -93,12 +93,12 @@ def export(small: nn.Module, example: Tensor, path: Path, kind: str) -> Path:
 
     Args:
         example: images (2, C, H, W).
-        path: of the small network's file; the program goes beside it, as .pt2 (torch.export) or .onnx.
+        path: of the small network's file; the program is written beside it, as .pt2 (torch.export) or .onnx.
         kind: "torch" or "onnx".
     """
     batch = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(small, (example,), dynamic_shapes=batch)
-    # torch writes both kinds by itself, so they go to a temporary file first.
+    # torch writes both kinds by itself, therefore to a temporary file first.
     stem, end = path.name.removesuffix(".tar").removesuffix(".pth"), "pt2" if kind == "torch" else "onnx"
     target, temporary = path.with_name(f"{stem}.{end}"), path.with_name(f".tmp.{stem}.{end}")
     if kind == "torch":
