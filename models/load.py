@@ -10,7 +10,7 @@ from torch import nn
 from models.initialise import initialise
 from models.public import convert_public
 from models.registry import REGISTRY, build, build_torchvision, is_torchvisions
-from models.small import check_narrowed, narrow_like
+from models.small import misfit, narrow_like
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 
@@ -29,7 +29,7 @@ def load(path: str | os.PathLike, arch: str | None = None) -> nn.Module:
 
 
 def load_with_name(path: str | os.PathLike, arch: str | None = None) -> tuple[str, nn.Module]:
-    """`load`, with the registry name of the network before it."""
+    """(the network's registry name, what `load` returns)."""
     checkpoint = load_checkpoint(path, arch)
     net = build_like(checkpoint, checkpoint["arch"], path)
     checkpoints.load_weights(net, checkpoint["state_dict"], path)
@@ -39,7 +39,7 @@ def load_with_name(path: str | os.PathLike, arch: str | None = None) -> tuple[st
 def load_checkpoint(path: str | os.PathLike, arch: str | None = None) -> dict:
     """A checkpoint whose entries "state_dict" and "arch" are those of a network that this project builds.
 
-    Where the network was not trained with the usual mean and std of its data set, "normalisation" says with which:
+    Where the network was not trained with the usual mean and std of its data set, "normalisation" names them:
     {"mean": [...], "std": [...]}, per channel, of images in 0..1.
 
     Args:
@@ -51,7 +51,7 @@ def load_checkpoint(path: str | os.PathLike, arch: str | None = None) -> dict:
     checkpoint = convert_public(checkpoints.read(path), arch, path)
     arch = checkpoint.get("arch") or arch
     if arch is None:
-        raise UserError(f"'{path}' does not name its network; say which: one of {', '.join(REGISTRY)}")
+        raise UserError(f"'{path}' does not name its network; use --arch with one of {', '.join(REGISTRY)}")
     return {**checkpoint, "arch": arch}
 
 
@@ -64,27 +64,20 @@ def build_like(checkpoint: dict, arch: str, path: str | os.PathLike) -> nn.Modul
     net = _build_full(checkpoint, arch, path)
     full = {name: value.shape for name, value in net.state_dict().items()}
     narrow_like(net, checkpoint["state_dict"], checkpoint.get("pads"))
-    if any(value.shape != full[name] for name, value in net.state_dict().items()):
-        try:
-            check_narrowed(net, checkpoint.get("input_shape", input_shape(arch, checkpoint)), path)
-        except UserError:
-            if checkpoint.get("small"):
-                raise
-            # No small network: load_weights names the weight of another shape.
-            return _build_full(checkpoint, arch, path)
-    return net
+    if all(value.shape == full[name] for name, value in net.state_dict().items()):
+        return net
+    reason = misfit(net, checkpoint.get("input_shape", input_shape(arch, checkpoint)))
+    if reason and checkpoint.get("small"):
+        raise UserError(f"the layers in '{path}' do not fit each other ({reason}); use an intact file")
+    # Otherwise no small network: load_weights names the weight of another shape.
+    return _build_full(checkpoint, arch, path) if reason else net
 
 
 def build_with_widths(path: str | os.PathLike, arch: str, num_classes: int) -> nn.Module:
-    """A new, untrained network with the widths of a small network: the control of training it from scratch.
-
-    Args:
-        path: a file of utils.get_small_model, or a checkpoint of a network of that width.
-        arch: the network that it must be of.
-        num_classes: the classes that it must have.
+    """A new, untrained network with the widths of a small network's file: the control of training it from scratch.
 
     Raises:
-        UserError: the file is of another network or of other classes.
+        UserError: the file is not of `arch`, or of other classes.
     """
     checkpoint = load_checkpoint(path, arch)
     if checkpoint["arch"] != arch:
@@ -118,6 +111,6 @@ def last_layer(net: nn.Module) -> str:
 
 
 def input_shape(arch: str, checkpoint: dict | None = None) -> tuple[int, int, int]:
-    """(C, H, W) of the images that a network is for, where its file does not say."""
+    """(C, H, W) of the images that a network is for, where its file does not hold it."""
     other = arch not in REGISTRY if checkpoint is None else is_torchvisions(checkpoint, arch)
     return (3, 224, 224) if other else (3, 32, 32)

@@ -28,7 +28,7 @@ def convert_public(checkpoint: dict, arch: str | None, path: object) -> dict:
         arch: the network that it is taken for, where the file does not name it.
 
     Raises:
-        UserError: it is a CIFAR ResNet of another kind; the line says what differs.
+        UserError: it is a CIFAR ResNet of another kind; the message names what differs.
     """
     weights, arch = checkpoint["state_dict"], checkpoint.get("arch") or arch
     is_cifar = {"conv1.weight", "layer3.0.conv1.weight"} <= weights.keys() and "layer4.0.conv1.weight" not in weights

@@ -23,11 +23,9 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(arch: str, num_classes: int = 10, **options) -> nn.Module:
-    """A new network.
+    """A new network of REGISTRY; its attribute `num_classes` is the width of its output.
 
     Args:
-        arch: a name of REGISTRY.
-        num_classes: width of the output; also the network's attribute `num_classes`.
         options: of that network (`head_width` of the ResNets).
 
     Raises:

@@ -20,13 +20,15 @@ def set_sizes(module: nn.Module) -> None:
         module.num_features = sizes[0] if sizes else module.num_features
     else:
         module.out_channels = len(module.weight)
-        if module.groups > 1:  # depthwise, the only grouped convolutions that are narrowed
-            module.groups = module.out_channels
+        if module.groups > 1:  # narrowed only where as many channels are read as made
+            module.groups = module.out_channels // module.weight.shape[1]
         module.in_channels = module.weight.shape[1] * module.groups
 
 
-def _fits_in(small: torch.Size, full: torch.Size) -> bool:
-    return len(small) == len(full) and all(0 < a <= b for a, b in zip(small, full, strict=True))
+def _fits_in(small: torch.Size, full: torch.Size, is_grouped: bool) -> bool:
+    """Groups may be wider in the small network, where there are fewer of them."""
+    fits = [0 < a <= b for a, b in zip(small, full, strict=True)] if len(small) == len(full) else [False]
+    return all(fits) or (is_grouped and len(small) > 2 and fits[0] and small[0] % max(1, small[1]) == 0)
 
 
 @torch.no_grad()
@@ -46,7 +48,9 @@ def narrow_like(net: nn.Module, state_dict: dict[str, Tensor], pads: dict[str, i
     for name, module in net.named_modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         pairs = [(key, value, state_dict.get(f"{name}.{key}".removeprefix("."), value)) for key, value in own]
-        narrower = all(_fits_in(wanted.shape, value.shape) for _, value, wanted in pairs)
+        narrower = all(
+            _fits_in(wanted.shape, value.shape, getattr(module, "groups", 1) > 1) for _, value, wanted in pairs
+        )
         if narrower and isinstance(module, LAYERS) and any(value.shape != wanted.shape for _, value, wanted in pairs):
             for key, value, wanted in pairs:
                 fresh = value.new_zeros(wanted.shape)
@@ -66,13 +70,10 @@ def narrow_like(net: nn.Module, state_dict: dict[str, Tensor], pads: dict[str, i
 def pack(
     net: nn.Module, arch: str, num_classes: int, input_shape: tuple[int, ...], kept: dict[str, list[int]], **facts
 ) -> dict:
-    """The content of a small network's file, for utils.base.checkpoint.write; models.load makes the network of it
-    again.
+    """The content of a small network's file, for utils.base.checkpoint.write and models.load.
 
     Args:
-        net: the small network.
         arch: name of the network that it was made from, of this project's registry or of torchvision.models.
-        num_classes: width of its output.
         input_shape: (C, H, W) of the images it is for.
         kept: {layer's weight: original indices of its filters}, as make_small reports them.
         facts: further plain entries.
@@ -100,13 +101,13 @@ def pack(
 
 
 @torch.no_grad()
-def check_narrowed(net: nn.Module, input_shape: tuple[int, ...], path: object) -> None:
-    """Raises UserError when the widths of a file's layers do not fit each other."""
+def misfit(net: nn.Module, input_shape: tuple[int, ...]) -> str | None:
+    """Why the widths of a network's layers do not fit each other; None where they do."""
     was_training = net.training
     try:
         net.eval()(torch.zeros(1, *input_shape))
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the layers in '{path}' do not fit each other ({reason}); use an intact file") from None
+        return str(error).splitlines()[0]
     finally:
         net.train(was_training)
+    return None

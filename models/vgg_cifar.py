@@ -21,14 +21,9 @@ STAGES = {
 
 
 class CifarVGG(nn.Module):
-    """VGG-`depth` for 32x32 images.
+    """VGG-`depth` (11, 13, 16 or 19 layers): images (B, 3, 32, 32) to logits (B, num_classes).
 
-    Args:
-        depth: 11, 13, 16 or 19 layers.
-        num_classes: width of the output.
-        batch_norm: BatchNorm after every convolution.
-
-    Shapes: images (B, 3, 32, 32) to logits (B, num_classes).
+    batch_norm: a BatchNorm after every convolution.
     """
 
     def __init__(self, depth: int, num_classes: int = 10, batch_norm: bool = False):
@@ -49,15 +44,8 @@ class CifarVGG(nn.Module):
             layers.append(nn.MaxPool2d(2))
             self._stage_ends.append(len(layers))
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Sequential(
-            nn.Linear(512, 512),
-            nn.ReLU(inplace=True),
-            nn.Dropout(0.5),
-            nn.Linear(512, 512),
-            nn.ReLU(inplace=True),
-            nn.Dropout(0.5),
-            nn.Linear(512, num_classes),
-        )
+        hidden = [m for _ in range(2) for m in (nn.Linear(512, 512), nn.ReLU(inplace=True), nn.Dropout(0.5))]
+        self.classifier = nn.Sequential(*hidden, nn.Linear(512, num_classes))
         initialise(self)
 
     def forward(self, x: Tensor, return_features: bool = False):

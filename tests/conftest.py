@@ -60,5 +60,5 @@ def train(tree, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory) -> Path:
-    """A checkpoint of a resnet8 that has learnt the tiny tree's test images by heart, well above chance."""
+    """A checkpoint of a resnet8 trained on the tiny tree's test images, well above chance."""
     return make_teacher(tmp_path_factory.mktemp("teacher") / "best.resnet8.pth.tar")

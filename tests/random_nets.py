@@ -36,7 +36,7 @@ class RandomNet(nn.Module):
         self.input_labels = set(labels)
         size, labels = SIZE, self.add("plain", labels)
         for _ in range(self.rng.randint(2, 5)):
-            kinds = ["plain", "residual", "depthwise", "cat", "gate", "bottleneck"]
+            kinds = ["plain", "residual", "depthwise", "cat", "gate"]
             kinds += ["option_a", "option_a", "downsample", "max", "average"] if size % 2 == 0 else []
             kind = self.rng.choice(kinds)
             labels = self.add(kind, labels)
@@ -97,9 +97,6 @@ class RandomNet(nn.Module):
                 made = self.fresh(self.rng.randint(2, 8))
                 block["shortcut"], block["bn_s"] = self.conv(labels, made, 1, 2), nn.BatchNorm2d(len(made))
             block["conv_a"], block["bn_a"] = self.conv(labels, inner, 3, stride), nn.BatchNorm2d(width)
-            if kind == "bottleneck":
-                middle = self.fresh(width)
-                block["conv_m"], inner = self.conv(inner, middle, 1), middle
             block["conv_b"], block["bn_b"] = self.conv(inner, made), nn.BatchNorm2d(len(made))
             block["act"] = self.act()
         self.blocks.append(block)
@@ -122,10 +119,8 @@ class RandomNet(nn.Module):
                 x = x * torch.sigmoid(b["conv_b"](relu(b["conv_a"](x.mean((2, 3), keepdim=True)))))
             else:
                 y = relu(b["bn_a"](b["conv_a"](x)))
-                y = relu(b["conv_m"](y)) if "conv_m" in b else y
-                y = b["bn_b"](b["conv_b"](y))
                 short = b["shortcut"](x) if "shortcut" in b else x
-                x = b["act"](y + (b["bn_s"](short) if "bn_s" in b else short))
+                x = b["act"](b["bn_b"](b["conv_b"](y)) + (b["bn_s"](short) if "bn_s" in b else short))
         x = x.flatten(1) if self.flat else F.adaptive_avg_pool2d(x, 1).view(x.size(0), -1)
         return self.head(relu(self.hidden(x)) if self.hidden else x)
 
@@ -168,7 +163,7 @@ def zero_filters(net: RandomNet, *, constants: bool) -> None:
 def needed_labels(net: RandomNet, images: Tensor) -> set[int] | None:
     """Labels of which a needed layer reads something other than zero in `images`, and those linked to them.
 
-    None where a layer reads a constant other than zero: which of those can go is another question.
+    None where a layer reads a constant other than zero: which of those can be removed is another question.
     """
     seen: dict[nn.Module, Tensor] = {}
 

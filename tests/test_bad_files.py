@@ -38,20 +38,17 @@ def test_truncated_files_are_named(tmp_path, is_zip):
 
 def test_flipped_bits_are_noticed_or_harmless(tmp_path):
     """A zip file has checksums; its padding and dates are the only places where a byte may be anything."""
-    path = tmp_path / "flipped.pth.tar"
-    net = CifarResNet(8, 10).state_dict()
+    path, net = tmp_path / "flipped.pth.tar", CifarResNet(8, 10).state_dict()
     checkpoints.write({"state_dict": net}, path)
-    intact = path.read_bytes()
-    draw, noticed = random.Random(2), 0
-    for position in [intact.find(net["classifier.weight"].numpy().tobytes()), *draw.sample(range(len(intact)), 40)]:
+    intact, draw, noticed = path.read_bytes(), random.Random(2), 0
+    for position in draw.sample(range(len(intact)), 40):
         content = bytearray(intact)
         content[position] ^= 1 << draw.randrange(8)
         path.write_bytes(content)
         try:
             weights = checkpoints.read(path)["state_dict"]
-        except UserError as error:
+        except UserError:
             noticed += 1
-            assert "\n" not in str(error)
         else:
             assert all(torch.equal(weights[name], net[name]) for name in net)
     assert noticed > 30
@@ -91,14 +88,14 @@ class Payload:
         return open, (self.trap, "w")
 
 
-@pytest.mark.parametrize("how", ["zip", "legacy", "pickle", "marked"])
+@pytest.mark.parametrize("how", ["zip", "legacy", "pickle", "own format"])
 def test_a_payload_never_runs(tmp_path, how):
     trap, path = tmp_path / "trap", tmp_path / "evil.pth.tar"
     content = {"state_dict": {"w": torch.ones(3)}, "settings": {"x": Payload(trap)}}
     if how == "pickle":
         path.write_bytes(pickle.dumps(content, protocol=2))
     else:
-        content |= {"format": checkpoints.FORMAT} if how == "marked" else {}
+        content |= {"format": checkpoints.FORMAT} if how == "own format" else {}
         torch.save(content, path, _use_new_zipfile_serialization=how != "legacy")
     refused(path, "could run code")
     assert not trap.exists()

@@ -56,15 +56,13 @@ def test_entries_of_others_are_read_where_they_are_what_their_names_say(tmp_path
         dict(num_classes=10**9),
         dict(input_shape=[3, 10**6, 10**6]),
         dict(epoch=-1),
-        dict(arch=["resnet8"]),
-        dict(history={"epoch": 1}),
         dict(optimizer={"state": 1}),
         dict(normalisation={"mean": [0.5]}),
     ],
     ids=str,
 )
 def test_own_entries_of_another_kind_are_named(tmp_path, entries):
-    path = tmp_path / "marked.pth.tar"
+    path = tmp_path / "own.pth.tar"
     checkpoints.write({"state_dict": CifarResNet(8, 10).state_dict(), **entries}, path)
     with pytest.raises(UserError, match=f"entry '{next(iter(entries))}' in"):
         checkpoints.read(path)

@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
+from AHSG_HT import AHSG_HT
 from models import public
 from models.resnet_cifar import CifarResNet, OptionA
 from models.vgg_cifar import CifarVGG
+from utils import get_small_model
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 from utils.base.torchvision_import import import_torchvision
 
 SHARED = Path(__file__).parents[2] / "shared"
-RELEASED = SHARED / "released" / "best.cifar10_resnet20.pth.tar"
 PRETRAINED = sorted((SHARED / "pretrained").glob("*.th"))
 BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}  # per stage
 PARAMETERS = [269_722, 464_154, 658_586, 853_018, 1_727_962]
@@ -115,36 +116,36 @@ def test_impossible_depths_are_named(network, depth):
 
 
 class Toy(nn.Module):
-    """What a newcomer writes: an option of its own, layers of any name."""
+    """A user's network: an option of its own, layers of any name, a convolution as its head."""
 
     def __init__(self, num_classes=10, hidden=8):
         super().__init__()
         self.stem, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
-        self.middle = nn.Linear(6, hidden)
-        self.verdict = nn.Linear(hidden, num_classes)
+        self.middle, self.verdict = nn.Conv2d(6, hidden, 1), nn.Conv2d(hidden, num_classes, 1)
 
     @staticmethod
     def options_of(state_dict):
         return {"hidden": len(state_dict["middle.weight"])}
 
     def forward(self, x):
-        return self.verdict(self.middle(F.relu(self.norm(self.stem(x))).mean((2, 3))))
+        return self.verdict(F.relu(self.middle(F.relu(self.norm(self.stem(x)))))).mean((2, 3))
 
 
-@pytest.mark.parametrize("says", [{}, {"num_classes": 7}])
-def test_a_network_of_ones_own_is_one_registry_line(tmp_path, monkeypatch, says):
+@pytest.mark.parametrize("entries", [{}, {"num_classes": 7}])
+def test_a_network_of_ones_own_is_one_registry_line(tmp_path, monkeypatch, entries):
+    """It is pruned, loaded and cut; the number of classes comes from the file."""
     monkeypatch.setitem(models.REGISTRY, "toy", Toy)
     net = trained(models.toy(7, hidden=5))
-    weights = net.state_dict()
-    checkpoints.write({"arch": "toy", "state_dict": weights, **says}, tmp_path / "toy.pth.tar")
+    head, body = net.verdict.parameters(), [*net.stem.parameters(), *net.norm.parameters(), *net.middle.parameters()]
+    optimizer = AHSG_HT([{"params": body}, {"params": head, "HTrate": 1.0}], lr=0.01, HTrate=0.7)
+    net(images()).square().sum().backward()
+    optimizer.step()
+    checkpoints.write({"arch": "toy", "state_dict": net.state_dict(), **entries}, tmp_path / "toy.pth.tar")
+    small = models.load(get_small_model.main([str(tmp_path / "toy.pth.tar")]))
+    assert (small.stem.out_channels, small.middle.out_channels, small.num_classes) == (4, 3, 7)
     with torch.no_grad():
         assert torch.equal(models.load(tmp_path / "toy.pth.tar")(images()), net(images()))
-    # A small network of it: four of the six filters.
-    inner = {n: v[:4] for n, v in weights.items() if n.startswith(("stem", "norm")) and v.dim()}
-    narrow = {**weights, **inner, "middle.weight": weights["middle.weight"][:, :4]}
-    checkpoints.write({"arch": "toy", "small": True, "state_dict": narrow, **says}, tmp_path / "small.toy.pth.tar")
-    loaded = models.load(tmp_path / "small.toy.pth.tar")
-    assert (loaded.stem.out_channels, loaded.num_classes) == (4, 7) and same_weights(loaded, narrow)
+        torch.testing.assert_close(small(images()), net(images()), rtol=0, atol=1e-5)
 
 
 # ResNet
@@ -227,17 +228,7 @@ def test_vgg_is_the_naive_one(arch):
 # Any of them
 
 
-@pytest.mark.parametrize("arch", ["resnet20", "vgg11", "vgg11_bn"])
-def test_losses_on_features_and_stages_reach_every_layer(arch):
-    """Distillation backpropagates through what the network returns; activations made in place must not spoil that."""
-    net = models.build(arch).eval()
-    logits, features, stages = net(images(), return_features=True)
-    assert torch.equal(net(images()), logits)
-    sum(x.square().mean() for x in (logits, features, *stages)).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
-
-
-@pytest.mark.parametrize("arch", ["resnet20", "resnet110", "vgg11_bn"])
+@pytest.mark.parametrize("arch", ["resnet20", "vgg11_bn"])
 def test_initial_weights(arch):
     """Convolutions N(0, sqrt(2/(kh*kw*C_out))), linear layers N(0, sqrt(2/fan_in)); bounds of five standard errors."""
     torch.manual_seed(0)
@@ -246,20 +237,16 @@ def test_initial_weights(arch):
             is_conv = isinstance(layer, nn.Conv2d)
             z = layer.weight.detach() / math.sqrt(2 / (9 * layer.out_channels if is_conv else layer.in_features))
             assert abs(z.mean()) < 5 / math.sqrt(z.numel()) and abs(z.std() - 1) < 5 / math.sqrt(2 * z.numel())
-            # Beyond what a uniform distribution has.
-            assert is_conv or z.abs().max() > 3.5
+            assert is_conv or z.abs().max() > 3.5  # beyond what a uniform distribution has
         if getattr(layer, "bias", None) is not None:
             assert layer.bias.eq(0).all()
-        if isinstance(layer, nn.BatchNorm2d):
-            assert layer.weight.eq(1).all()
 
 
-@pytest.mark.parametrize("concrete", [None, {"return_features": False}])
-@pytest.mark.parametrize("arch", [*BLOCKS, "vgg11", "vgg11_bn"])
-def test_networks_can_be_traced(arch, concrete):
+@pytest.mark.parametrize("arch", ["resnet20", "vgg11_bn"])
+def test_networks_can_be_traced(arch):
     net = trained(models.build(arch))
     with torch.no_grad():
-        assert torch.equal(torch.fx.symbolic_trace(net, concrete_args=concrete)(images(1)), net(images(1)))
+        assert torch.equal(torch.fx.symbolic_trace(net)(images(1)), net(images(1)))
 
 
 # Files
@@ -284,8 +271,6 @@ def test_a_file_gives_its_network(tmp_path, arch, options, kind):
     ("arch", "other", "named"),
     [
         ("resnet20", "resnet32", "stage_1.3.conv_a.weight"),
-        ("resnet32", "resnet20", "stage_1.3.conv_a.weight"),
-        ("resnet20", "vgg11", "classifier.6.weight"),
         ("vgg11", "vgg11_bn", "features.1.weight"),
         ("vgg13", "vgg11", "features"),
         ("resnet20", None, "does not name its network"),
@@ -304,7 +289,6 @@ def test_weights_of_another_network_are_named(tmp_path, arch, other, named):
     [
         ({"conv_1_3x3.weight": torch.zeros(16, 1, 3, 3)}, "resnet20", r"\(16, 1, 3, 3\) in the file, \(16, 3, 3, 3\)"),
         ({"conv_1_3x3.weight": torch.ones(16, 3, 3, 3, dtype=torch.complex64)}, "resnet20", "complex"),
-        ({"classifier1.weight": torch.ones(20, 64)}, "vgg11", "no 'classifier.6.weight'"),
         ({"classifier1.weight": torch.ones(())}, "resnet20", "'classifier1.weight'"),
     ],
 )
@@ -312,16 +296,6 @@ def test_weights_that_do_not_fit_are_named(tmp_path, entries, arch, named):
     path = saved(tmp_path / "file.pth", models.resnet20().state_dict() | entries)
     with pytest.raises(UserError, match=rf"file\.pth.*{named}"):
         models.load(path, arch)
-
-
-def test_released_checkpoint():
-    """Its head has two layers, and 30 % of its filters are removed: 11, 22 and 44 of 16, 32 and 64 are left."""
-    if not RELEASED.is_file():
-        pytest.skip(f"the released checkpoint is not at {RELEASED}")
-    net = models.load(RELEASED, "resnet20")
-    assert (net.classifier1.weight.shape, net.classifier2.weight.shape) == ((20, 64), (10, 20))
-    for conv in (m for m in net.modules() if isinstance(m, nn.Conv2d)):
-        assert int(conv.weight.flatten(1).any(1).sum()) == {16: 11, 32: 22, 64: 44}[conv.out_channels]
 
 
 # Public files
@@ -379,20 +353,16 @@ def test_pretrained_files_are_read(path):
     ("without", "extra", "named"),
     [
         ((), {"layer2.0.downsample.0.weight": torch.ones(32, 16, 1, 1)}, "shortcuts have weights"),
-        ((), {"layer2.0.shortcut.0.weight": torch.ones(32, 16, 1, 1)}, "shortcuts have weights"),
         (("linear",), {"fc.weight": torch.ones(10, 64)}, r"'fc\.weight'.*linear"),
         (("linear",), {}, r"linear\.weight"),
-        ((), {"layer1.0.conv3.weight": torch.ones(64, 16, 1, 1)}, "'layer1.0.conv3.weight'"),
         ((), {"layer1.0.conv1.weight": torch.ones(64, 16, 3, 3)}, "64 channels, where 16"),
         (("layer1.2",), {}, "no resnet14"),
     ],
-    ids=lambda value: str(list(value)) if isinstance(value, dict) else None,
 )
 def test_other_cifar_resnets_are_refused(tmp_path, without, extra, named):
     weights = {name: value for name, value in public_weights(3).items() if not name.startswith(tuple(without))} | extra
-    with pytest.raises(UserError, match=named) as caught:
+    with pytest.raises(UserError, match=named):
         models.load(saved(tmp_path / "other.pth", weights), "resnet20")
-    assert "\n" not in str(caught.value)
 
 
 def test_a_network_keeps_its_normalisation(tmp_path):
@@ -401,18 +371,13 @@ def test_a_network_keeps_its_normalisation(tmp_path):
     net, own = models.load(path), models.load_checkpoint(path)["normalisation"]
     fed = {"mean": [0.3, 0.5, 0.7], "std": [0.1, 0.2, 0.4]}
     pixels = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-    def normalised(by):
-        return (pixels - torch.tensor(by["mean"]).view(3, 1, 1)) / torch.tensor(by["std"]).view(3, 1, 1)
-
+    x, y = ((pixels - torch.tensor(n["mean"]).view(3, 1, 1)) / torch.tensor(n["std"]).view(3, 1, 1) for n in (own, fed))
     with torch.no_grad():
-        expected, names = net(normalised(own), return_features=True), list(net.state_dict())
-        assert models.renormalise(net, None, fed) is net and torch.equal(net(normalised(own)), expected[0])
-        assert models.renormalise(net, own, fed) is net and list(net.state_dict()) == names
-        torch.testing.assert_close(net(normalised(fed), return_features=True), expected, rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(net(normalised(own)), expected[0], rtol=1e-4, atol=1e-4)
-        compiled = torch.compile(net, backend="eager")(normalised(fed))
-        torch.testing.assert_close(compiled, expected[0], rtol=1e-4, atol=1e-4)
-    kept = {"arch": "resnet8", "state_dict": net.state_dict(), "normalisation": own}
-    checkpoints.write(kept, tmp_path / "own.pth.tar")
-    assert models.load_checkpoint(tmp_path / "own.pth.tar")["normalisation"] == own
+        expected, names = net(x), list(net.state_dict())
+        assert torch.equal(models.renormalise(net, None, fed)(x), expected)
+        models.renormalise(net, own, fed)
+        assert list(net.state_dict()) == names and not torch.allclose(net(x), expected, rtol=1e-4, atol=1e-4)
+        for called in (net, torch.compile(net, backend="eager")):
+            torch.testing.assert_close(called(y), expected, rtol=1e-4, atol=1e-4)
+    checkpoints.write({"arch": "resnet8", "state_dict": net.state_dict(), "normalisation": own}, tmp_path / "own")
+    assert models.load_checkpoint(tmp_path / "own")["normalisation"] == own

@@ -48,7 +48,7 @@ NETWORKS = {"resnet8": resnet8, "resnet8_dropout": resnet8_dropout}
 
 
 def make_teacher(path: Path) -> Path:
-    """A checkpoint of a resnet8 that has learnt the tiny tree's test images by heart, well above chance."""
+    """A checkpoint of a resnet8 trained on the tiny tree's test images, well above chance."""
     torch.manual_seed(0)
     net = CifarResNet(8, 10).train()
     images, labels = make_images(20, seed=2)

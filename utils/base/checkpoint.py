@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from utils.base.errors import UserError
 from utils.base.files import replace_file
 
-# Marks files of this project.
+# The entry "format" of this project's files.
 FORMAT = "ahsg-ht 1"
 # Entries and their types.
 NUMBER = (int, float)
@@ -35,7 +35,7 @@ def write(checkpoint: dict, *paths: str | os.PathLike, keep: Path | None = None)
     """Writes a checkpoint of plain values and tensors to each of the paths.
 
     Args:
-        keep: where the file that the last path had before goes.
+        keep: the new path of the file that the last path had before.
 
     Raises:
         UserError: the disk is full or the folder not writable; earlier files at the paths are untouched.
@@ -49,8 +49,8 @@ def write(checkpoint: dict, *paths: str | os.PathLike, keep: Path | None = None)
 def read(path: str | os.PathLike) -> dict:
     """A checkpoint as a dict with at least "state_dict", tensors on the CPU; nothing in it is executed (weights_only).
 
-    A bare state dict is wrapped, a `module.` prefix of the names removed. Of files of other projects, as AHSG-HT's
-    release and soft filter pruning, arch, epoch, best_prec1 and optimizer are kept where they are of the expected type.
+    A bare state dict is wrapped, a `module.` prefix of the names removed. Of other projects' files the entries
+    FROM_OTHERS are kept where they are of the expected type.
 
     Raises:
         UserError: missing, damaged, unsafe, or no checkpoint.

@@ -21,7 +21,7 @@ def replace_file(path: Path, content: bytes | memoryview, *, keep: Path | None =
     """Puts `content` at `path` atomically and durably: readers and crashes see the old file or the new one.
 
     Args:
-        keep: where the file that was there before goes; None: it is deleted.
+        keep: the new path of the file that was there before; None: it is deleted.
 
     Raises:
         UserError: the disk is full or the folder not writable; what was there before is untouched.
@@ -64,7 +64,7 @@ def append_line(path: Path, line: str, *, durable: bool = False) -> None:
     """Appends a line, given without its newline, completely or not at all; durable: on the disk when this returns.
 
     Raises:
-        OSError: as the system says; the file ends with the line before.
+        OSError: of the system; the file ends with the line before.
     """
     # Unbuffered: one write per line, so that a killed process leaves no half of it.
     with open(path, "ab", buffering=0) as file:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run that is asked to stop finishes its mini-batch and writes a checkpoint."""
+"""SIGTERM and Ctrl-C: a run that has to stop finishes its mini-batch and writes a checkpoint."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """Whether this process was asked to stop. One per process, `stop` below, as signals are.
+    """Whether this process has to stop. One per process, `stop` below, as signals are.
 
     Under `handled` the first signal raises Stopped at once; under `deferred` it is only noted, and the training loop
-    asks `pending` after every mini-batch. A second signal, later than SAME_REQUEST_SECONDS, ends the process at once.
+    calls `pending` after every mini-batch. A second signal, later than SAME_REQUEST_SECONDS, ends the process at once.
 
     Attributes:
         signum: the signal that came, 0 for none.
-        reduce: takes this rank's signum and returns the largest of all ranks, now or at a later call, so that all ranks
-            stop after the same mini-batch (distributed.Agreement). None: there is one rank.
+        reduce: None, or with several ranks: takes this rank's signum and returns the largest of all ranks, now or at a
+            later call, so that all stop after the same mini-batch.
     """
 
     def __init__(self):
@@ -70,14 +70,13 @@ class StopRequest:
             self._deferred = outer
 
     def pending(self) -> int:
-        """The signal that asks to stop, 0 for none; the same on each rank, so each must ask equally often."""
+        """The signal that came, 0 for none; the same on each rank, so each must call this equally often."""
         self._agreed = max(self._agreed, self.signum if self.reduce is None else self.reduce(self.signum))
         return self._agreed
 
     def _on_signal(self, signum: int, frame) -> None:
         if os.getpid() != self._pid:
-            # A worker process that was forked a moment ago and still has its parent's handler.
-            return
+            return  # a worker process that was forked a moment ago and still has its parent's handler
         if not self.signum:
             self.signum, self._since = signum, time.monotonic()
             if not self._deferred:

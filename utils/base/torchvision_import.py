@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-_library = None  # keeps the declarations alive
+_library = None  # the declarations end with it
 
 
 def import_torchvision():

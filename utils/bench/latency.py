@@ -30,12 +30,8 @@ from utils.train.device import flush_denormals
 
 @torch.no_grad()
 def timings(dense: nn.Module, small: nn.Module, shape: tuple[int, ...], args: argparse.Namespace) -> list[dict]:
-    """Times both networks on random images of a shape (C, H, W), on args.device, args.repeats times.
-
-    Returns:
-        A row per size in args.batch_sizes: medians in ms per mini-batch, the distances from first to third quartile
-        ("spread"), the speed-up, and the ratio of multiply-adds.
-    """
+    """Times both networks on random images (C, H, W). A row per mini-batch size: medians in ms, the distances from
+    first to third quartile ("spread"), the speed-up, and the ratio of multiply-adds."""
     nets = [net.eval().to(args.device, memory_format=torch.channels_last) for net in (dense, small)]
     costs = [sum(multiply_adds(net, torch.zeros(1, *shape, device=args.device)).values()) for net in nets]
     rows = []

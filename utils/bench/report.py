@@ -60,10 +60,9 @@ def publish(args: argparse.Namespace, stem: str, note: str, rows: list[dict], **
     """Prints a Markdown table under its command and machine; with --save_path also stem.md and stem.json.
 
     Args:
-        args: of `parse`.
         note: a sentence on what the figures are.
-        rows: of the table; their keys are its columns.
-        facts: further entries of the JSON file, beside "command", "machine" and "timings" (the rows).
+        rows: of the table; their keys are its columns; "timings" in the JSON file.
+        facts: further entries of the JSON file.
     """
     machine = describe_machine(args.device) | {"torch": str(torch.__version__), "load": args.load}
     tf32 = "on" if torch.backends.cudnn.allow_tf32 else "off"

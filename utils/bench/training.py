@@ -44,12 +44,9 @@ _made: list[Callable] = []
 
 
 def make_loop(name: str, arch: str, args: argparse.Namespace) -> Callable[[], tuple[float, ...]]:
-    """One of the loops, ready to train epoch after epoch; each call returns mean loss, top-1 and top-5 accuracy.
+    """One of LOOPS, ready to train epoch after epoch; each call returns mean loss, top-1 and top-5 accuracy.
 
-    Args:
-        name: of LOOPS.
-        arch: the network that is trained; a teacher (args.teacher) is used by every loop in the same way.
-        args: of the command line.
+    A teacher (args.teacher) is used by every loop in the same way.
     """
     original, on_gpu = name == "original", args.device.type == "cuda"
     seed_everything(1)

@@ -6,7 +6,7 @@
 
 Every channel of every value in the graph belongs to a class, named by its root. Operations that treat channels one by
 one (BatchNorm, ReLU, pooling, addition) put the channels of their operands and of their result into one class; a class
-stays or goes as one. A class is needed when a convolution or linear layer that is itself needed reads a channel of it
+is kept or removed as one. A class is needed when a convolution or linear layer that is itself needed reads a channel of it
 that is not zero for every input, through a weight that is not zero; or when an operation without a rule touches it.
 Needs spread from the outputs back until nothing changes; all other classes can be cut out exactly. The rules of the
 single operations are in utils.small.rules.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -24,13 +25,15 @@ from torch import Tensor, fx, nn
 from utils.small.rules import NARROWED, RULES, Pad, Reader, Unknown, Value
 from utils.small.trace import layer_name, module_name
 
+# The channels that a group of a convolution reads, and those that it makes, by their positions.
+Group = tuple[list[int], list[int]]
 # Reasons that need no mention in a report.
 INPUT, OUTPUT = "input", "output"
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
 class OrderError(Exception):
-    """The kept channels cannot be ordered so that every option-A shortcut stays a plain zero-pad."""
+    """No order of the kept channels suits every option-A shortcut, grouped convolution, concatenation and pin."""
 
 
 class LayerCall(NamedTuple):
@@ -57,20 +60,25 @@ class Channels:
     Attributes:
         tie_pads: an option-A shortcut couples its channels to those it is added to: stages keep their original order.
         values: by node.
-        readers: convolutions (groups 1) and linear layers.
+        regroup: grouped convolutions are readers and need a plan (utils.small.groups); else they keep all channels.
+        readers: convolutions that are not depthwise, and linear layers.
         pads: option-A shortcuts.
         layers: every call of a convolution, linear layer or BatchNorm that is narrowed.
         joins: (ids of a concatenation, ids of its parts).
+        groups, orders: of grouped convolutions: the new groups; (ids, the order of those that are kept).
         keep, rank: set by `select`: bool per id, read at the roots, what is kept; {root: place} of ordered classes.
     """
 
     graph: fx.GraphModule
     tie_pads: bool = False
+    regroup: bool = False
     values: dict[fx.Node, Value] = field(default_factory=dict)
     readers: list[Reader] = field(default_factory=list)
     pads: list[Pad] = field(default_factory=list)
     layers: list[LayerCall] = field(default_factory=list)
     joins: list[tuple[list[int], list[list[int]]]] = field(default_factory=list)
+    groups: dict[nn.Module, list[Group]] = field(default_factory=dict)
+    orders: list[tuple[list[int], list[int]]] = field(default_factory=list)
     pinned: list[Pinned] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     keep: Tensor | None = None
@@ -109,7 +117,7 @@ class Channels:
 
         Args:
             keep: bool per id, read at the roots (None: no class). It is changed and returned.
-            by_weights: a kept filter needs what it reads. False: only what the graph's structure asks for is added, as
+            by_weights: a kept filter needs what it reads. False: only what the graph's structure needs is added, as
                 where a pruning method removes channels that still have an effect.
         """
         keep = torch.zeros(len(self.parents), dtype=torch.bool) if keep is None else keep
@@ -135,31 +143,31 @@ class Channels:
 
     def select(self, keep: Tensor) -> None:
         """Takes a result of `close` as what is kept, and finds its order: the kept channels of an option-A shortcut's
-        input become the first of its result.
+        input become the first of its result, those of grouped convolutions follow `orders`.
 
         Raises:
             OrderError: no such order, or one that an operation does not keep to.
         """
         self.keep, self.rank = keep, {}
         for pad in self.pads:
-            arriving = self.order(pad.source.ids)
-            others = [p for p in self.order(pad.ids) if p not in set(arriving)]
-            for place, p in enumerate(arriving + others):
-                self.rank.setdefault(self.root(pad.ids[p]), place)
-        for pad in self.pads:
-            arriving = self.order(pad.source.ids)
-            if self.order(pad.ids)[: len(arriving)] != arriving:
-                raise OrderError(layer_name(pad.node))
-        for pinned in self.pinned:
-            if self.order(pinned.ids) != list(range(len(pinned.ids))):
-                raise OrderError(pinned.layer)
+            self._rank(pad.ids, self._arriving_first(pad))
+        for ids, order in self.orders:
+            self._rank(ids, order)
+        wanted = [*self.orders, *((p.ids, list(range(len(p.ids)))) for p in self.pinned)]
         for ids, parts in self.joins:
-            begin, expected = 0, []
-            for part in parts:
-                expected += [begin + p for p in self.order(part)]
-                begin += len(part)
-            if self.order(ids) != expected:
-                raise OrderError("concatenation")
+            begins = accumulate(map(len, parts[:-1]), initial=0)
+            wanted.append((ids, [b + p for b, part in zip(begins, parts, strict=True) for p in self.order(part)]))
+        wanted += [(pad.ids, self._arriving_first(pad)) for pad in self.pads]
+        if any(self.order(ids) != order for ids, order in wanted):
+            raise OrderError
+
+    def _arriving_first(self, pad: Pad) -> list[int]:
+        arriving = self.order(pad.source.ids)
+        return arriving + [p for p in self.order(pad.ids) if p not in set(arriving)]
+
+    def _rank(self, ids: list[int], order: list[int]) -> None:
+        for place, p in enumerate(order):
+            self.rank.setdefault(self.root(ids[p]), place)
 
     def order(self, ids: list[int]) -> list[int]:
         """After `select`: positions in `ids` of the kept channels, in the order that they have in the small network."""
@@ -175,11 +183,11 @@ def strongest_filter(module: nn.Module) -> int:
 
 
 @torch.no_grad()
-def analyse(graph: fx.GraphModule, tie_pads: bool = False) -> Channels:
+def analyse(graph: fx.GraphModule, tie_pads: bool = False, regroup: bool = False) -> Channels:
     """Follows every channel through a graph of utils.small.trace. Operations without a rule keep theirs."""
     fixed = _fixed_modules(graph)
     while True:
-        channels = Channels(graph, tie_pads)
+        channels = Channels(graph, tie_pads, regroup)
         unknown = _follow(channels, fixed)
         # A layer that is also called in a way that has no rule keeps its shape in all its calls.
         again = {call.module: unknown[call.module] for call in channels.layers if call.module in unknown}

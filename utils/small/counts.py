@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiply-adds, memory of activations; and what the papers' formula says.
+"""What a network costs: parameters, multiply-adds, memory of activations; and the papers' formula.
 
 Multiply-adds are those of convolutions and linear layers, integers of the real network, for one image. BatchNorm,
 activations, pooling and additions are not counted, as in the papers.
@@ -45,13 +45,9 @@ def multiply_adds(net: nn.Module, example: Tensor) -> dict[str, int]:
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
 
             def hook(module, inputs, output, name=name):
-                if isinstance(module, nn.modules.conv._ConvTransposeNd):
-                    # Every input entry meets its slice of the weight once.
-                    each = inputs[0].numel() * module.weight[0].numel()
-                elif isinstance(module, nn.Linear):
-                    each = output.numel() * module.in_features
-                else:
-                    each = output.numel() * module.weight[0].numel()
+                # In a transposed convolution every input entry meets its slice of the weight once.
+                transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+                each = (inputs[0] if transposed else output).numel() * module.weight[0].numel()
                 found[name] = found.get(name, 0) + each
 
             hooks.append(module.register_forward_hook(hook))
@@ -80,16 +76,11 @@ def peak_activation_bytes(net: nn.Module, example: Tensor) -> int:
 
 
 def papers_cut(depth: int, HTrate: float) -> float:
-    """Share of multiply-adds that Soft Filter Pruning's formula says is saved in a CIFAR ResNet.
+    """Share of a CIFAR ResNet's multiply-adds saved, by Soft Filter Pruning's formula (He et al., IJCAI 2018).
 
-    He et al., IJCAI 2018: the rate is taken as a real number, every layer keeps `HTrate` of its filters, and the
-    residual
-    stream keeps its full width: a block's first convolution reads all channels, its second the kept ones. The very
-    first block reads the stem's kept filters. 42.2, 41.5, 41.1 and 40.8 % for ResNet-20, 32, 56 and 110 at 0.7.
-
-    Args:
-        depth: 6n + 2.
-        HTrate: share of the filters that is kept.
+    Every layer keeps the share `HTrate` of its filters, as a real number. The residual stream keeps its full width: a
+    block's first convolution reads all channels, its second the kept ones; the very first block reads the stem's kept
+    filters. 42.2, 41.5, 41.1 and 40.8 % for ResNet-20, 32, 56 and 110 at 0.7.
     """
     blocks, r = (depth - 2) // 6, HTrate
     unit = 16 * 16 * 9 * 32 * 32  # a 3x3 convolution between two layers of one stage, the same in all three

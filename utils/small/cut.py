@@ -3,7 +3,7 @@
     small, report = make_small(net, example_input)
 
 An exact rewrite: same Python, same state-dict names, narrower layers; dense, nothing is gathered or scattered at run
-time. Channels go wherever utils.small.channels proves that they are not needed, in the residual stream too. With
+time. Channels are removed wherever utils.small.channels proves that they are not needed, in the residual stream too. With
 option-A shortcuts the kept channels of a stage are ordered so that those that arrive from the stage before come first,
 and the shortcut stays a plain zero-pad.
 """
@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 
 from models.small import set_sizes
 from utils.base.errors import UserError
-from utils.small.channels import INPUT, OUTPUT, Channels, OrderError, analyse
+from utils.small.channels import INPUT, OUTPUT, Channels, Group, OrderError, analyse
+from utils.small.groups import regroup
 from utils.small.rules import Reader, pads
 from utils.small.trace import layer_name, module_name, run, tensors, trace
 
@@ -30,7 +31,8 @@ LARGEST_LOGIT = 1000
 RANDOM_IMAGES = 16
 BATCH = 128
 
-# Kept indices along the first and the second dimension of a tensor; None: all.
+# Kept indices along the first and the second dimension of a tensor; None: all. Of grouped convolutions the second are
+# (C_out, C_in / groups), filter by filter, -1 for a zero.
 Slices = tuple[Tensor, Tensor | None]
 
 
@@ -59,10 +61,6 @@ class Report:
     images: int = 0
 
 
-class _Different(UserError):
-    """The small network does not equal the network."""
-
-
 def make_small(
     net: nn.Module, example_input: Tensor, images: Tensor | None = None, *, round_to: int = 1
 ) -> tuple[nn.Module, Report]:
@@ -70,7 +68,7 @@ def make_small(
 
     Args:
         net: any network that takes one tensor; it is not changed. What torch.fx cannot trace, or has no rule, keeps its
-            channels, and the report says so.
+            channels; the report names it.
         example_input: images (B, ...) of the size that the network is for; their values do not matter.
         images: real images (N, ...), normalised, on which the two networks are compared besides random ones.
         round_to: channels of a layer are filled up to a multiple of this with the strongest of the removed ones.
@@ -86,34 +84,28 @@ def make_small(
     example = torch.cat([example, example])[:2]
     batches = [torch.randn(RANDOM_IMAGES, *example.shape[1:], generator=torch.Generator().manual_seed(0))]
     batches += images.detach().cpu().float().split(BATCH) if images is not None else []
-    try:
-        return _make_small(masked, example, batches, round_to, merge=True)
-    except _Different:
-        # Moving constants is the one step that changes weights; where it costs precision, they stay.
-        return _make_small(masked, example, batches, round_to, merge=False)
-
-
-def _make_small(
-    masked: nn.Module, example: Tensor, batches: list[Tensor], round_to: int, merge: bool
-) -> tuple[nn.Module, Report]:
-    small, report = copy.deepcopy(masked), Report()
-    try:
-        graph = trace(small, example)
-    except Exception as error:
-        raise UserError(f"the network does not run on an input of shape {tuple(example.shape)}: {error}") from None
-    if merge:
-        report.merged = merge_constants(analyse(graph))
-    channels = _select_needed(graph, round_to)
-    describe(channels, report)
-    report.slices = narrow(channels)
-    check_equal(masked, small, batches, channels, report)
-    return small, report
+    # Moving constants is the one step that changes weights; where it costs precision, they stay.
+    for merge in (True, False):
+        small, report = copy.deepcopy(masked), Report()
+        try:
+            graph = trace(small, example)
+        except Exception as error:
+            raise UserError(f"the network does not run on an input of shape {tuple(example.shape)}: {error}") from None
+        if merge:
+            report.merged = merge_constants(analyse(graph, regroup=True))
+        channels = _select_needed(graph, round_to)
+        describe(channels, report)
+        report.slices = narrow(channels)
+        different = check_equal(masked, small, batches, channels, report)
+        if different is None:
+            return small, report
+    raise UserError(different)
 
 
 def _select_needed(graph: fx.GraphModule, round_to: int) -> Channels:
-    channels = analyse(graph)
     try:
-        channels.select(round_up(channels, channels.close(), round_to))
+        channels = analyse(graph, regroup=round_to == 1)
+        channels.select(regroup(channels, round_up(channels, channels.close(), round_to)))
     except OrderError:
         channels = analyse(graph, tie_pads=True)
         channels.select(round_up(channels, channels.close(), round_to))
@@ -134,25 +126,31 @@ def merge_constants(channels: Channels) -> int:
         by_module.setdefault(reader.module, []).append(reader)
     representatives: set[int] = set()
     for module, (reader, *others) in by_module.items():
-        c, weight = reader.source.constant, module.weight
-        gone = ((c != 0) & ~torch.isnan(c) & reader.nonzero.any(dim=0)).nonzero().flatten().tolist()
         # A layer that is called twice may read other constants in its other call.
-        if others or not gone:
+        if others:
             continue
-        if module.bias is not None and not pads(module):
-            module.bias += weight[:, gone].reshape(len(weight), len(gone), -1).double().sum(dim=2) @ c[gone]
-        else:
-            roots = {j: channels.root(reader.source.ids[j]) for j in gone}
-            # Not a representative that is tiny here: ratios far above 1 would cost precision.
-            enough = 0.1 * float(c[gone].abs().max())
-            known = [j for j in gone if roots[j] in representatives and abs(float(c[j])) >= enough]
-            r = max(known or gone, key=lambda j: abs(float(c[j])))
-            representatives.add(roots[r])
-            gone.remove(r)
-            ratio = (c[gone] / c[r]).view(1, -1, *[1] * (weight.dim() - 2))
-            weight[:, r] += (weight[:, gone].double() * ratio).sum(dim=1)
-        weight[:, gone] = 0
-        moved += len(gone)
+        wide, nonzero = module.weight.shape[1], reader.nonzero.any(dim=0)
+        groups = len(reader.source.ids) // wide
+        for begin, weight in zip(range(0, groups * wide, wide), module.weight.chunk(groups), strict=True):
+            c, read = reader.source.constant[begin : begin + wide], nonzero[begin : begin + wide]
+            gone = ((c != 0) & ~torch.isnan(c) & read).nonzero().flatten().tolist()
+            if not gone:
+                continue
+            if module.bias is not None and not pads(module):
+                bias = module.bias.chunk(groups)[begin // wide]
+                bias += weight[:, gone].reshape(len(weight), len(gone), -1).double().sum(dim=2) @ c[gone]
+            else:
+                roots = {j: channels.root(reader.source.ids[begin + j]) for j in gone}
+                # Not a representative that is tiny here: ratios far above 1 would cost precision.
+                enough = 0.1 * float(c[gone].abs().max())
+                known = [j for j in gone if roots[j] in representatives and abs(float(c[j])) >= enough]
+                r = max(known or gone, key=lambda j: abs(float(c[j])))
+                representatives.add(roots[r])
+                gone.remove(r)
+                ratio = (c[gone] / c[r]).view(1, -1, *[1] * (weight.dim() - 2))
+                weight[:, r] += (weight[:, gone].double() * ratio).sum(dim=1)
+            weight[:, gone] = 0
+            moved += len(gone)
     return moved
 
 
@@ -225,11 +223,12 @@ def narrow(channels: Channels) -> dict[str, Slices]:
             continue
         narrowed.add(module)
         inputs, outputs = torch.tensor(channels.order(read)), torch.tensor(channels.order(made))
+        grouped = _inside_groups(channels.groups[module], module) if module in channels.groups else None
         for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if value.dim() == 0:
                 continue
-            reads = value.dim() > 1 and getattr(module, "groups", 1) == 1
-            at = slices[f"{module_name(node)}.{name}".removeprefix(".")] = (outputs, inputs if reads else None)
+            second = None if value.dim() < 2 else inputs if getattr(module, "groups", 1) == 1 else grouped
+            at = slices[f"{module_name(node)}.{name}".removeprefix(".")] = (outputs, second)
             cut = sliced(value.detach(), at)
             is_parameter = isinstance(value, nn.Parameter)
             setattr(module, name, nn.Parameter(cut, requires_grad=value.requires_grad) if is_parameter else cut)
@@ -241,14 +240,26 @@ def narrow(channels: Channels) -> dict[str, Slices]:
 
 def sliced(value: Tensor, at: Slices) -> Tensor:
     """The kept part of a tensor of the shape that a parameter had before `narrow`."""
-    first, second = at
-    value = value[first.to(value.device)]
-    return (value if second is None else value[:, second.to(value.device)]).contiguous()
+    first, second = (None if index is None else index.to(value.device) for index in at)
+    value = value[first]
+    if second is None or second.dim() == 1:
+        return (value if second is None else value[:, second]).contiguous()
+    second = second.view(*second.shape, *[1] * (value.dim() - 2)).expand(-1, -1, *value.shape[2:])
+    return value.gather(1, second.clamp(min=0)) * (second >= 0)
+
+
+def _inside_groups(groups: list[Group], module: nn.Module) -> Tensor:
+    """int64 (C_out, width): for every weight of the new groups its place among the old filter's; -1: a zero."""
+    wide = module.weight.shape[1]
+    rows = [[p % wide if p // wide == out // wide else -1 for p in ins] for ins, outs in groups for out in outs]
+    return torch.tensor(rows)
 
 
 @torch.no_grad()
-def check_equal(masked: nn.Module, small: nn.Module, batches: list[Tensor], channels: Channels, report: Report) -> None:
-    """Raises UserError when the two differ by more than is allowed in any output; names the layer where they part."""
+def check_equal(
+    masked: nn.Module, small: nn.Module, batches: list[Tensor], channels: Channels, report: Report
+) -> str | None:
+    """None, or where the two differ by more than is allowed in any output: by how much, and in which layer first."""
     for batch in batches:
         expected, found = (torch.cat([t.double().flatten() for t in tensors(net(batch))]) for net in (masked, small))
         difference = float((expected - found).abs().max())
@@ -261,10 +272,11 @@ def check_equal(masked: nn.Module, small: nn.Module, batches: list[Tensor], chan
             advice = "the network's own weights or logits are not finite numbers"
         elif largest > LARGEST_LOGIT:
             advice = f"logits reach {largest:.3g}, too large for float32; train longer, or with a smaller learning rate"
-        raise _Different(
+        return (
             f"the small network differs by {difference:.3g} in a logit (allowed: {TOLERANCE:g}), first at "
             f"{first_difference(masked, small, batch[:2], channels)}; it is not written: {advice}"
         )
+    return None
 
 
 def first_difference(masked: nn.Module, small: nn.Module, batch: Tensor, channels: Channels) -> str:

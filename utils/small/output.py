@@ -31,13 +31,12 @@ def write_small(
     checkpoint: dict,
     name: str | None = None,
 ) -> tuple[Path, dict]:
-    """Writes the file of a small network; models.load makes the network of it again.
+    """Writes the file of a small network, which models.load reads.
 
     Args:
         net, small, report: given to and by make_small; `net` is one of models.build or models.load.
         shape: (C, H, W) of an image.
-        checkpoint: of `net`; where it is a small network itself, the kept filters are numbered as in the first,
-            unpruned network.
+        checkpoint: of `net`. Kept filters are numbered as in the unpruned network, also where `net` is a small one.
         name: of the file (small.<arch>.pth.tar).
 
     Returns:
@@ -65,21 +64,14 @@ def write_small(
 
 
 def small_table(arch: str, facts: dict, report: Report) -> str:
-    """Filters kept per layer, the costs before and after, and which layers could not be narrowed further.
-
-    Args:
-        facts: of write_small.
-    """
+    """Filters kept per layer, costs before and after, layers kept whole; `facts` are those of write_small."""
     width = max(map(len, report.kept))
     lines = [f"{arch}", f"{'layer':{width}}  filters  kept"]
     lines += [f"{name:{width}}  {report.filters[name]:7d}  {len(kept):4d}" for name, kept in report.kept.items()]
     lines += ["", f"{'one image':{width}}  {'before':>14}  {'after':>14}  change"]
-    for key, name, unit in (
-        ("parameters", "parameters", ""),
-        ("multiply_adds", "multiply-adds", ""),
-        ("peak_activation_bytes", "peak activations", " B"),
-    ):
-        a, b = facts["before"][key], facts["after"][key]
+    names = (("parameters", ""), ("multiply-adds", ""), ("peak activations", " B"))
+    counts = zip(facts["before"].values(), facts["after"].values(), strict=True)
+    for (name, unit), (a, b) in zip(names, counts, strict=True):
         lines.append(f"{name:{width}}  {f'{a:,}{unit}':>14}  {f'{b:,}{unit}':>14}  {100 * (b / a - 1):+5.1f} %")
     equality = f"logits differ by at most {report.difference:.1e} on {report.images} images"
     lines.append(f"file {facts['file_bytes']:,} B; {equality}")
@@ -101,15 +93,14 @@ def export(small: nn.Module, example: Tensor, path: Path, kind: str) -> Path:
 
     Args:
         example: images (2, C, H, W).
-        path: of the small network's file; the program goes beside it, as .pt2 (torch.export) or .onnx.
+        path: of the small network's file; the program is written beside it, as .pt2 (torch.export) or .onnx.
         kind: "torch" or "onnx".
     """
     batch = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(small, (example,), dynamic_shapes=batch)
-    # torch writes both kinds by itself, so they go to a temporary file first.
-    stem = path.name.removesuffix(".tar").removesuffix(".pth")
-    target = path.with_name(stem + (".pt2" if kind == "torch" else ".onnx"))
-    temporary = target.with_name(f".tmp.{target.name}")
+    # torch writes both kinds by itself, therefore to a temporary file first.
+    stem, end = path.name.removesuffix(".tar").removesuffix(".pth"), "pt2" if kind == "torch" else "onnx"
+    target, temporary = path.with_name(f"{stem}.{end}"), path.with_name(f".tmp.{stem}.{end}")
     if kind == "torch":
         torch.export.save(program, temporary)
     else:

@@ -43,7 +43,7 @@ class Value:
 
 @dataclass
 class Reader:
-    """A convolution (groups 1) or linear layer: what it reads, what it makes."""
+    """A linear layer, or a convolution that is not depthwise: what it reads, what it makes."""
 
     module: nn.Module
     source: Value
@@ -100,29 +100,21 @@ def _reader(channels: Channels, node: fx.Node, module: nn.Module) -> Value:
     source = _source(channels, node)
     if len(_shape(node)) != module.weight.dim():
         raise Unknown(f"{layer_name(node)} acts on a tensor of {len(_shape(node))} dimensions")
-    weight = module.weight.detach().cpu().flatten(1).view(*module.weight.shape[:2], -1)
-    bias = _vector(module.bias, len(weight), 0)
+    n, groups, bias = len(module.weight), getattr(module, "groups", 1), _vector(module.bias, len(module.weight), 0)
     c = source.constant if not pads(module) else source.constant.where(source.constant == 0, math.nan)
-    if getattr(module, "groups", 1) != 1:
-        return _depthwise(node, module, source, c, weight, bias)
-    nonzero, unknown = (weight != 0).any(dim=2), torch.isnan(c)
-    steady = ~unknown & (c != 0)
-    constant = bias + weight[:, steady].double().sum(dim=2) @ c[steady]
-    ids = channels.new(len(weight))
-    channels.readers.append(Reader(module, source, ids, nonzero))
-    return Value(ids, constant.where(~(nonzero & unknown).any(dim=1), math.nan))
-
-
-def _depthwise(node: fx.Node, module: nn.Module, source: Value, c: Tensor, weight: Tensor, bias: Tensor) -> Value:
-    if not module.groups == module.in_channels == module.out_channels:
+    weight = module.weight.detach().cpu().flatten(1).view(groups, n // groups, module.weight.shape[1], -1)
+    nonzero, unknown = (weight != 0).any(dim=3), torch.isnan(c)
+    if groups > 1 and groups == len(source.ids) == n:  # depthwise
+        zero = ~nonzero.flatten() | (c == 0)
+        return Value(source.ids, (weight.double().sum(dim=(1, 2, 3)) * c).where(~zero, 0) + bias)
+    if groups > 1 and (not channels.regroup or n != len(source.ids)):
         raise Unknown(f"{layer_name(node)} is a grouped convolution")
-    zero = (weight == 0).all(dim=2).flatten() | (c == 0)
-    return Value(source.ids, _product(weight.double().sum(dim=(1, 2)), c, zero) + bias)
-
-
-def _product(a: Tensor, b: Tensor, zero: Tensor) -> Tensor:
-    """a * b, and 0 where `zero`, also where the other factor is not known."""
-    return (a * b).where(~zero, 0)
+    steady = c.where(~unknown, 0).view(groups, -1, 1)
+    constant = bias + (weight.sum(dim=3, dtype=torch.float64) @ steady).flatten() if steady.any() else bias
+    varies = (nonzero & unknown.view(groups, 1, -1)).any(dim=2).flatten()
+    ids = channels.new(n)
+    channels.readers.append(Reader(module, source, ids, torch.block_diag(*nonzero)))
+    return Value(ids, constant.where(~varies, math.nan))
 
 
 def _batch_norm(channels: Channels, node: fx.Node, module: nn.Module) -> Value:
@@ -132,7 +124,7 @@ def _batch_norm(channels: Channels, node: fx.Node, module: nn.Module) -> Value:
     mean, var = _vector(module.running_mean, n, math.nan), _vector(module.running_var, n, math.nan)
     weight = _vector(module.weight, n, 1)
     normalised = (source.constant - mean) / (var + module.eps).sqrt()
-    return Value(source.ids, _product(normalised, weight, weight == 0) + _vector(module.bias, n, 0))
+    return Value(source.ids, (normalised * weight).where(weight != 0, 0) + _vector(module.bias, n, 0))
 
 
 def _option_a(channels: Channels, node: fx.Node, module: OptionA) -> Value:

@@ -15,7 +15,7 @@ ROOT = "net"
 
 
 class _Called(nn.Module):
-    """Calls a network on one tensor, so that its other arguments (return_features) keep their defaults in the trace."""
+    """Calls a network on one tensor; its other arguments (return_features) keep their defaults in the trace."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
