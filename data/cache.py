@@ -71,7 +71,7 @@ def load(path: Path, source: str, size: int) -> Arrays | None:
             labels, images = content[begin:middle].view(np.int64), content[middle:end].reshape(count, 3, size, size)
             arrays[split] = torch.from_numpy(images), torch.from_numpy(labels)
             begin = end
-        return arrays, header["classes"]
+        return (arrays, header["classes"]) if begin == len(content) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
