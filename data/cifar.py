@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from data.cache import SPLITS, Arrays
+from data.cache import Arrays
 from utils.base.errors import UserError
 from utils.base.files import PROBE_SECONDS, answers
 from utils.base.torchvision_import import import_torchvision
@@ -66,7 +66,7 @@ def read_files(name: str, root: Path) -> Arrays:
     class_name, folder = FILES[name]
     dataset_class = getattr(import_torchvision().datasets, class_name)
     arrays = {}
-    for split in SPLITS:
+    for split in ("train", "test"):
         try:
             # torchvision compares checksums before it unpickles anything.
             dataset = dataset_class(str(root), train=split == "train", download=False)

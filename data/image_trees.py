@@ -16,7 +16,7 @@ from utils.base.torchvision_import import import_torchvision
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 # Bytes of decoded images that a process keeps in memory at most.
-MEMORY_LIMIT = 4 * 2**30
+MEMORY_LIMIT = 4 * 10**9
 
 
 # {split: [(file, label)]} in the order of classes and names, and the class names.
@@ -77,11 +77,11 @@ def read_tree(root: Path, tree: Tree, size: int) -> Arrays:
     """
     splits, classes = tree
     count = sum(map(len, splits.values()))
-    if count * 3 * size * size > MEMORY_LIMIT:
+    gigabytes, limit = count * 3 * size * size / 1e9, MEMORY_LIMIT / 1e9
+    if gigabytes > limit:
         raise UserError(
-            f"{count} images of '{root}' take {count * 3 * size * size / 2**30:.1f} GiB at {size}x{size}, the limit for "
-            f"images in memory is {MEMORY_LIMIT / 2**30:g}; use a smaller --image_size, or imagenet_resnet_test.py, which "
-            "decodes images when they are needed"
+            f"the {count} images of '{root}' take {gigabytes:.1f} GB at {size}x{size}, at most {limit:g} fit in; "
+            "use a smaller --image_size, or imagenet_resnet_test.py, which decodes images when they are needed"
         )
     try:
         stats = [

@@ -32,18 +32,15 @@ class DataLoader(TorchDataLoader):
     comes once per epoch. Each `iter(loader)` is the next epoch; `set_epoch` chooses one.
 
     Args:
-        dataset: map-style. One that has `__getitems__(indices)` and sets `returns_batches = True` makes whole
-            mini-batches itself; they are passed on without collating.
+        dataset: map-style. One with `__getitems__(indices)` and `returns_batches = True` makes whole mini-batches; they
+            are not collated.
         batch_size: samples in the first mini-batch, over all ranks together.
-        sampler: gives the order instead of shuffle.
-        batch_sampler: torch's own argument: replaces the schedule, so k must be None.
-        schedule: k, growth, restart, max_batch_size, num_replicas, rank; see GrowingBatchSampler. The last two default
-            to those of torch.distributed where it is initialised; with a `sampler` of your own to one process, as a
-            DistributedSampler has taken the rank's share already.
+        sampler: gives the order instead of shuffle; batch_sampler: replaces the schedule, so k must be None.
+        growth, restart, max_batch_size, num_replicas, rank: see GrowingBatchSampler. The last two default to those of
+            torch.distributed; with a `sampler` to one process, as a DistributedSampler has taken the share already.
         seed: of the order and of the workers' random numbers, which depend on (seed, epoch) alone; None draws one from
             torch's global generator (0 with several ranks, which must agree).
-        torch_options: further keywords of torch's. A `generator` of your own is used for the workers' seeds and never
-            reseeded here.
+        torch_options: further keywords of torch's. A `generator` of your own is never reseeded here.
 
     Raises:
         ValueError: an argument out of range; an invalid k names the three meanings above.

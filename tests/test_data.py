@@ -1,4 +1,4 @@
-"""Augmentation and normalisation against torchvision image by image; image sets read from folders, CIFAR's files and code."""
+"""Augmentation and normalisation against torchvision; image sets read from folders, CIFAR's files and code."""
 
 import pickle
 import re
@@ -38,7 +38,7 @@ def pil(image):
 
 
 def naive_crop_and_flip(image, top, left, flip, pad=4):
-    """By torchvision on a PIL image: what its RandomCrop(padding=pad) and RandomHorizontalFlip do with these numbers."""
+    """What torchvision's RandomCrop(padding=pad) and RandomHorizontalFlip do with these numbers."""
     transforms = import_torchvision().transforms.functional
     cropped = transforms.crop(transforms.pad(pil(image), pad), top, left, *image.shape[1:])
     return transforms.hflip(cropped) if flip else cropped
@@ -131,12 +131,8 @@ def test_offsets_and_flips_are_uniform_and_independent():
     other = draw_crops_and_flips(160_000, seed=0, epoch=1)[:, 0]
     tops = torch.bincount(top * 9 + other, minlength=81)
     assert min(chisquare(counts.numpy()).pvalue, chisquare(tops.numpy()).pvalue) > 0.001
-
-
-def test_numbers_depend_on_seed_and_epoch_alone():
     drawn = {tuple(draw_crops_and_flips(50, s, e).flatten().tolist()) for s in range(5) for e in range(5)}
-    torch.manual_seed(1)
-    assert len(drawn) == 25 and tuple(draw_crops_and_flips(50, 2, 3).flatten().tolist()) in drawn
+    assert len(drawn) == 25
 
 
 def by_index(*loaders):
@@ -165,17 +161,10 @@ def test_one_sample_length_and_device():
     assert moved.images.is_meta and moved.labels.is_meta and moved.image_shape == (3, 32, 32)
 
 
-@pytest.mark.parametrize(
-    ("images", "labels"),
-    [
-        (torch.zeros(4, 3, 8, 8), torch.arange(4)),
-        (torch.zeros(4, 8, 8, dtype=torch.uint8), torch.arange(4)),
-        (torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(5)),
-    ],
-)
-def test_bad_arrays_are_described(images, labels):
-    with pytest.raises(ValueError, match=rf"{images.dtype} \({len(images)}, .*and {len(labels)} labels"):
-        ImageArrays(images, labels, MEAN, STD, augment=False)
+@pytest.mark.parametrize(("shape", "dtype"), [((4, 3, 8, 8), "float32"), ((4, 8, 8), "uint8"), ((5, 3, 8, 8), "uint8")])
+def test_bad_arrays_are_described(shape, dtype):
+    with pytest.raises(ValueError, match=rf"torch.{dtype} {re.escape(str(shape))} and 4 labels"):
+        ImageArrays(torch.zeros(shape, dtype=getattr(torch, dtype)), torch.arange(4), MEAN, STD, augment=False)
 
 
 # Synthetic images
@@ -382,11 +371,8 @@ def test_torchvisions_files_are_read(cifar10_files, above):
     assert torch.equal(torch.cat([loaded.train.images, loaded.test.images]), images)
     assert torch.equal(torch.cat([loaded.train.labels, loaded.test.labels]), labels)
     assert loaded.classes == [f"word{9 - i}" for i in range(10)]
-
-
-def test_missing_file_of_torchvision(cifar10_files):
-    (cifar10_files[0] / "data_batch_3").unlink()
-    refused("cifar-10-batches-py' are incomplete", "cifar10", cifar10_files[0].parent)
+    (folder / "data_batch_3").unlink()
+    refused("cifar-10-batches-py' are incomplete", "cifar10", folder.parent)
 
 
 def test_files_are_not_unpickled_when_their_checksum_is_wrong(tmp_path):
@@ -437,11 +423,6 @@ def test_failing_download_is_one_line_and_leaves_no_socket_timeout(tmp_path, dow
     assert (within, socket.getdefaulttimeout()) == ([cifar.PROBE_SECONDS], before)
 
 
-def test_absent_data_are_not_downloaded_when_not_asked_to(tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar, "answers", lambda url: pytest.fail("the network was used"))
-    refused(re.escape(f"{tmp_path}/cifar-100-python"), "cifar100", tmp_path, download=False)
-
-
 def test_server_and_name_look_up_that_never_answer_are_given_up(tmp_path, monkeypatch):
     """The server accepts the connection on this machine and sends nothing; look-ups obey no socket timeout."""
     monkeypatch.setattr("utils.base.files.PROBE_SECONDS", 0.3)
@@ -465,11 +446,14 @@ def test_path_that_cannot_be_a_folder_is_named(tmp_path, no_network, path):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "folder"])
 @pytest.mark.parametrize("fault", ["absent", "empty", "half a tree", "damaged files"])
 def test_synthetic_images_never_replace_others(tmp_path, no_network, monkeypatch, name, fault):
-    """One line with the data path and, for CIFAR, the remedy."""
+    """Refused in one line with the data path; without download the network is not used."""
     monkeypatch.setattr(synthetic, "make_images", lambda n, seed: pytest.fail("synthetic images were made"))
     if fault == "half a tree":
         make_tree(tmp_path, splits=["train"])
     elif fault == "damaged files":
         for folder in ("cifar-10-batches-py", "cifar-100-python"):
             (tmp_path / folder).mkdir()
-    refused(re.escape(str(tmp_path)), name, tmp_path / "absent" if fault == "absent" else tmp_path)
+    path = tmp_path / "absent" if fault == "absent" else tmp_path
+    refused(re.escape(str(path)), name, path)
+    monkeypatch.setattr(cifar, "answers", lambda url: pytest.fail("the network was used"))
+    refused(re.escape(str(path)), name, path, download=False)

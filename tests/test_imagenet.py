@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from PIL import Image
 
 import imagenet_resnet_test as script
 import models
-from data import DataLoader, ImageFiles, load_imagenet
+from data import DataLoader, ImageFiles, first_images, load_imagenet
 from data.image_files import MEAN, STD, BadImage, UnreadableFile, image_seed
 from models import pretrained
 from utils.base.errors import UserError
@@ -33,31 +32,6 @@ def train(jpegs, tmp_path, monkeypatch):
     return run
 
 
-def validation_images(jpegs):
-    """The validation images as the network's input, and their labels."""
-    test = load_imagenet(jpegs, size=SIZE).test
-    images, labels = test.__getitems__(range(16))
-    return test.normalise(images), labels
-
-
-@pytest.fixture(scope="session")
-def teacher(jpegs, tmp_path_factory) -> Path:
-    """Bare weights, as torchvision's files are, of a resnet18 that has learnt the validation images by heart."""
-    torch.manual_seed(0)
-    net = models.build_torchvision("resnet18", 4).train()
-    images, labels = validation_images(jpegs)
-    for norm in (m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)):
-        norm.momentum = 0.5
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
-    for _ in range(12):
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(net(images), labels).backward()
-        optimizer.step()
-    path = tmp_path_factory.mktemp("teacher") / "resnet18.pth"
-    torch.save(net.state_dict(), path)
-    return path
-
-
 def load(path):
     return torch.load(path, weights_only=True)
 
@@ -78,22 +52,11 @@ def test_from_scratch_resumed_evaluated_and_small(train, jpegs, capsys):
     found = results(whole)
     assert {(f["shape"][0], f["kept"]) for f in found["filters"]} == {(64, 44), (128, 89), (256, 179), (512, 358)}
     small, masked = models.load(whole / "small.resnet18.pth.tar"), models.load(whole / NAME)
-    images, _ = validation_images(jpegs)
+    images = first_images(load_imagenet(jpegs, size=SIZE).test, 16)
     assert (small(images) - masked(images)).abs().max() <= 1e-4 and small.layer1[0].conv1.out_channels < 64
     capsys.readouterr()
     script.main([str(jpegs), "-a", "resnet18", "-e", "--image_size", str(SIZE), "--resume", str(whole / NAME)])
     assert f"**Test** Prec@1 {found['last_epoch_accuracy']:.3f}" in capsys.readouterr().out
-
-
-def test_with_a_teacher_and_from_its_weights(train, teacher):
-    folder = train("--arch_small", "resnet18", "--teacher", teacher, "--use_pretrain", teacher, "--epochs", 2)
-    found = results(folder)
-    assert found["recipe"] == "prune_distill" and found["teacher"]["accuracy"] >= 60
-    assert found["pretrained"] == f"'{teacher}'"
-    saved, start = load(folder / NAME)["state_dict"], load(teacher)
-    # Three steps at a small learning rate leave the filters that are kept near where they came from.
-    kept = saved["layer4.1.conv2.weight"].flatten(1).ne(0).any(dim=1)
-    assert (saved["layer4.1.conv2.weight"] - start["layer4.1.conv2.weight"])[kept].abs().max() < 0.02
 
 
 def test_flags_and_the_numbers_of_the_recipe():
@@ -107,9 +70,24 @@ def test_flags_and_the_numbers_of_the_recipe():
     assert (args.save_path, args.resume, args.evaluate, args.use_pretrain) == ("out", "x", True, "torchvision")
 
 
-def test_use_pretrain_before_the_data_path_takes_no_file(jpegs):
+def test_use_pretrain(train, jpegs, tmp_path, monkeypatch):
+    """From a file, whose last layer may differ; another network's file and a server without an answer are one line."""
+    start = models.build_torchvision("resnet18", 7).state_dict()
+    torch.save(start, tmp_path / "trained.pth")
+    folder = train("--use_pretrain", tmp_path / "trained.pth", "--epochs", 1)
+    saved = load(folder / NAME)["state_dict"]
+    # Three steps at a small learning rate leave the filters that are kept near where they came from.
+    kept = saved["layer4.1.conv2.weight"].flatten(1).ne(0).any(dim=1)
+    assert (saved["layer4.1.conv2.weight"] - start["layer4.1.conv2.weight"])[kept].abs().max() < 0.02
+    assert results(folder)["pretrained"].startswith(f"'{tmp_path / 'trained.pth'}'")
     args = script.parse_args(["-a", "resnet18", "--use-pretrain", str(jpegs)])
     assert (args.data_path, args.use_pretrain) == (str(jpegs), "torchvision")
+    with pytest.raises(UserError, match=r"layer1\.0\.conv3"):
+        train("-a", "resnet50", "--use_pretrain", tmp_path / "trained.pth")
+    monkeypatch.setattr(pretrained, "answers", lambda url: False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"trained weights of resnet18 .* does not answer .*--use_pretrain FILE"):
+        train("--use_pretrain")
 
 
 @pytest.mark.parametrize(
@@ -126,20 +104,6 @@ def test_bad_flags_give_one_line(flags, pattern):
     with pytest.raises(UserError, match=pattern) as caught:
         script.parse_args(flags)
     assert "\n" not in str(caught.value)
-
-
-def test_pretrained_weights_that_do_not_fit_or_cannot_be_downloaded(train, teacher, tmp_path, monkeypatch):
-    """The last layer may differ, for other classes; another network or no answer is one line."""
-    net = models.build_torchvision("resnet18", 7)
-    head = net.fc.weight.clone()
-    assert "except the last layer" in pretrained.load_pretrained(net, "resnet18", str(teacher))
-    assert torch.equal(net.fc.weight, head) and torch.equal(net.conv1.weight, load(teacher)["conv1.weight"])
-    with pytest.raises(UserError, match=r"layer1\.0\.conv3"):
-        pretrained.load_pretrained(models.build_torchvision("resnet50", 4), "resnet50", str(teacher))
-    monkeypatch.setattr(pretrained, "answers", lambda url: False)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"trained weights of resnet18 .* does not answer .*--use_pretrain FILE"):
-        train("--use_pretrain")
 
 
 # The data
