@@ -17,8 +17,6 @@ from utils.base.torchvision_import import import_torchvision
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 # Bytes of decoded images that a process keeps in memory at most.
 MEMORY_LIMIT = 4 * 10**9
-
-
 # {split: [(file, label)]} in the order of classes and names, and the class names.
 Tree = tuple[dict[str, list[tuple[os.DirEntry, int]]], list[str]]
 
@@ -76,19 +74,16 @@ def read_tree(root: Path, tree: Tree, size: int) -> Arrays:
         UserError: an image that cannot be read; more than MEMORY_LIMIT.
     """
     splits, classes = tree
-    count = sum(map(len, splits.values()))
-    gigabytes, limit = count * 3 * size * size / 1e9, MEMORY_LIMIT / 1e9
-    if gigabytes > limit:
+    entries = [(split, classes[label], entry) for split, files in splits.items() for entry, label in files]
+    needed = len(entries) * 3 * size * size
+    if needed > MEMORY_LIMIT:
         raise UserError(
-            f"the {count} images of '{root}' take {gigabytes:.1f} GB at {size}x{size}, at most {limit:g} fit in; "
-            "use a smaller --image_size, or imagenet_resnet_test.py, which decodes images when they are needed"
+            f"the {len(entries)} images of '{root}' take {needed / 1e9:.1f} GB at {size}x{size}, at most "
+            f"{MEMORY_LIMIT / 1e9:g} are kept in memory; use a smaller --image_size, or imagenet_resnet_test.py, which "
+            "decodes images when they are needed"
         )
     try:
-        stats = [
-            (f"{split}/{classes[label]}/{entry.name}", entry.stat())
-            for split, files in splits.items()
-            for entry, label in files
-        ]
+        stats = [(f"{split}/{name}/{entry.name}", entry.stat()) for split, name, entry in entries]
     except OSError as error:
         raise UserError(f"cannot read the image '{error.filename}' ({error.strerror}); repair or remove it") from None
     return read_cached(root, fingerprint(stats), size, lambda: _decode_tree(tree, size))

@@ -90,6 +90,7 @@ class DataLoader(TorchDataLoader):
             if num_replicas > 1:
                 collate_fn = partial(_collate_share, collate_fn)
         self.seed = seed
+        self._grows = isinstance(batch_sampler, GrowingBatchSampler)
         self._seed_workers = torch_options.get("generator") is None
         if self._seed_workers:
             torch_options["generator"] = torch.Generator()
@@ -105,10 +106,6 @@ class DataLoader(TorchDataLoader):
     def epoch(self) -> int:
         """Number of the epoch being iterated, or of the one that the next iter() begins."""
         return self._epoch
-
-    @property
-    def _grows(self) -> bool:
-        return isinstance(self.batch_sampler, GrowingBatchSampler)
 
     def sizes(self, epoch: int | None = None) -> list[int]:
         """Sizes of the mini-batches of an epoch (the current one by default), over all ranks together."""
@@ -170,17 +167,14 @@ class DataLoader(TorchDataLoader):
 
 
 def check_shared_memory(loader: DataLoader, *, epochs: int = 1, processes: int = 1) -> None:
-    """Refuses workers whose mini-batches may not fit into /dev/shm: they would die with a bus error.
+    """Raises UserError if mini-batches of workers may not fit into /dev/shm, where the run would die with a bus error.
 
-    Counted at worst: every worker has prefetched its largest mini-batches, and one is in use.
+    Counted at worst: every worker has prefetched the largest mini-batches, and one is in use.
 
     Args:
         loader: over an image data set of this package.
         epochs: of the run; without restart the mini-batch grows over all of them.
         processes: training processes on this machine, each with such a loader.
-
-    Raises:
-        UserError: what is needed, what is free, and the options that change it.
     """
     if not loader.num_workers or not os.path.isdir(SHARED_MEMORY):
         return

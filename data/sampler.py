@@ -22,39 +22,15 @@ GROWTHS = ("linear", "exponential")
 CAP_INCREMENT = 4
 
 
-def batch_size_at(
-    t: int, batch_size: int, k: float | None = None, growth: str = "linear", max_batch_size: int | None = None
-) -> int:
-    """Samples in mini-batch t = 0, 1, ... of the schedule, before the end of the data cuts it short.
-
-    Args:
-        batch_size: samples in mini-batch 0.
-        k: None, a step size in (0, 1), or a cap >= batch_size; see K_MEANINGS.
-        growth: "linear" (the release), or "exponential": batch_size*(1+k)^t (the paper), for a step size only.
-        max_batch_size: bound for a step size; None: 2*batch_size for linear growth, no bound for exponential growth.
-    """
-    if k is None:
-        return batch_size
-    if k >= 1:
-        return min(batch_size + CAP_INCREMENT * t, int(k))
-    if growth == "exponential":
-        # In logarithms, because (1+k)^t overflows long before a bound that is far away matters.
-        exponent = math.log(batch_size) + t * math.log1p(k)
-        size = math.inf if exponent > 40 else batch_size * (1 + k) ** t
-        bound = max_batch_size or 2**40
-    else:
-        size = batch_size * (1 + k * t)
-        bound = max_batch_size or 2 * batch_size
-    # The factor lifts products such as 28.999999999999996 to the decimal number that was meant.
-    return bound if size >= bound else math.floor(size * (1 + 1e-12))
-
-
 class GrowingBatchSampler(Sampler[list[int]]):
     """Yields lists of indices whose length grows over the epoch, or over the whole training.
 
     Args:
         sampler: a number of samples N, whose indices 0..N-1 are ordered here, or an iterable of indices with a length.
-        batch_size, k, growth, max_batch_size: see batch_size_at. Sizes are those over all ranks together.
+        batch_size: samples in mini-batch 0, over all ranks together, as all sizes here.
+        k: None, a step size in (0, 1), or a cap >= batch_size; see K_MEANINGS.
+        growth: "linear" (the release), or "exponential": batch_size*(1+k)^t (the paper), for a step size only.
+        max_batch_size: bound for a step size; None: 2*batch_size for linear growth, no bound for exponential growth.
         shuffle: with a number of samples, a new permutation every epoch, from (seed, epoch).
         drop_last: leave out a last mini-batch that is shorter than the schedule asks for.
         restart: True starts the schedule again every epoch (the release); False continues it (the paper).
@@ -87,7 +63,7 @@ class GrowingBatchSampler(Sampler[list[int]]):
         if not isinstance(seed, int):
             raise ValueError(f"seed must be a whole number, got {seed!r}")
         self.sampler, self.shuffle, self.drop_last, self.restart = sampler, shuffle, drop_last, restart
-        self.schedule = (batch_size, k, growth, max_batch_size)
+        self.batch_size, self.k, self.growth, self.max_batch_size = batch_size, k, growth, max_batch_size
         self.num_replicas, self.rank = num_replicas, rank
         self.seed = seed
         self.epoch = self.start = 0
@@ -101,10 +77,26 @@ class GrowingBatchSampler(Sampler[list[int]]):
             self._first_t_of.append(before + len(self._sizes_from(before)))
         return self._sizes_from(self._first_t_of[epoch])
 
+    def _size_at(self, t: int) -> int:
+        """Samples in mini-batch t of the schedule, before the end of the data cuts it short."""
+        first, k = self.batch_size, self.k
+        if k is None or k >= 1:
+            return first if k is None else min(first + CAP_INCREMENT * t, int(k))
+        if self.growth == "exponential":
+            # In logarithms, because (1+k)^t overflows long before a bound that is far away matters.
+            exponent = math.log(first) + t * math.log1p(k)
+            size = math.inf if exponent > 40 else first * (1 + k) ** t
+            bound = self.max_batch_size or 2**40
+        else:
+            size = first * (1 + k * t)
+            bound = self.max_batch_size or 2 * first
+        # The factor lifts products such as 28.999999999999996 to the decimal number that was meant.
+        return bound if size >= bound else math.floor(size * (1 + 1e-12))
+
     def _sizes_from(self, t: int) -> list[int]:
         sizes, left = [], self.sampler if isinstance(self.sampler, int) else len(self.sampler)
         while left > 0:
-            wanted = batch_size_at(t, *self.schedule)
+            wanted = self._size_at(t)
             if wanted > left and self.drop_last:
                 break
             sizes.append(min(wanted, left))

@@ -11,7 +11,7 @@ Images made by code, or in files of another format, need a second file with a fu
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +70,16 @@ class Data:
     test: ImageArrays | ImageFiles
     classes: list[str]
     source: str
+
+    @property
+    def normalisation(self) -> dict[str, list[float]]:
+        """{"mean", "std"} per channel, as shares of 1."""
+        return {"mean": self.train.mean.tolist(), "std": self.train.std.tolist()}
+
+    def normalise_as(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Replaces mean and std of both parts, for a network that was trained with others."""
+        for part in (self.train, self.test):
+            part.mean, part.std = (torch.tensor(values, dtype=torch.float32) for values in (mean, std))
 
 
 def load(name: str, path: str | os.PathLike, *, seed: int = 0, size: int | None = None, download: bool = True) -> Data:

@@ -122,6 +122,10 @@ def test_plain_batch_is_torchvisions_to_the_bit():
     naive = torch.stack([naive_normalise(pil(image)) for image in images.images[[3, 1]]])
     assert torch.equal(images.normalise(images.__getitems__([3, 1])[0]), naive)
     assert torch.equal(data.first_images(images, 4)[[3, 1]], naive)
+    both = data.Data("", images, image_set(), [], "")
+    both.normalise_as(**{"mean": [0.5] * 3, "std": [0.25] * 3})
+    assert both.normalisation == {"mean": [0.5] * 3, "std": [0.25] * 3}
+    assert torch.equal(both.train.normalise(images.images), (images.images / 255 - 0.5) / 0.25)
 
 
 def test_offsets_and_flips_are_uniform_and_independent():

@@ -3,8 +3,9 @@
     python -m utils.bench.loader FOLDER                          # an image tree train/<class>/*, val/<class>/*
     python -m utils.bench.loader FOLDER --sizes 64 224 --workers 2 --out results/bench_loader/loader.csv
 
-`files` are decoded when they are needed (data.ImageFiles), `memory` is data.ImageArrays. The rounds of all variants take
-turns. "uint8, then normalised" includes the normalisation in this process, which a GPU would do in no time.
+`files` are decoded when they are needed (data.ImageFiles), `memory` is data.ImageArrays. The variants take turns.
+"float32" is what the loader did before mini-batches were uint8. "uint8, then normalised" includes the normalisation,
+here by this process's CPU.
 """
 
 from __future__ import annotations
