@@ -1,22 +1,12 @@
 """Data: the growing DataLoader and the image sets. Downloads go into this folder too (git ignores them)."""
 
+from data.cifar import NoData
 from data.image_files import ImageFiles
 from data.imagenet import load_imagenet
 from data.images import ImageArrays
-from data.loader import DataLoader, first_images
+from data.loader import DataLoader, check_shared_memory, first_images
 from data.sampler import GrowingBatchSampler
-from data.sources import DATASETS, Data, NoData, find_or_download, load
+from data.sources import DATASETS, Data, Spec, find_or_download, load
 
-__all__ = [
-    "DATASETS",
-    "Data",
-    "DataLoader",
-    "GrowingBatchSampler",
-    "ImageArrays",
-    "ImageFiles",
-    "NoData",
-    "find_or_download",
-    "first_images",
-    "load",
-    "load_imagenet",
-]
+__all__ = ["DATASETS", "Data", "DataLoader", "GrowingBatchSampler", "ImageArrays", "ImageFiles", "NoData", "Spec"]
+__all__ += ["check_shared_memory", "find_or_download", "first_images", "load", "load_imagenet"]

@@ -1,10 +1,12 @@
-"""The CIFAR augmentation by whole mini-batches: zero-pad 4, random 32-crop, random horizontal flip, normalise.
+"""Zero-pad, random crop and random flip of images in memory by whole mini-batches, and the normalisation.
 
 Bit-equal to torchvision's Pad, crop, hflip, ToTensor and Normalize for the same offsets and flips, and with the same
 distributions: offsets uniform on 0..2*pad in each direction, flips with probability 1/2.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +16,9 @@ from data.sampler import seeded_generator
 
 
 def draw_crops_and_flips(n: int, seed: int, epoch: int, pad: int = 4) -> Tensor:
-    """The random numbers of one epoch: int64 (n, 3) with columns top, left (0..2*pad) and flip (0 or 1), row i for sample i.
+    """The random numbers of one epoch: int64 (n, 3), columns top, left (0..2*pad), flip (0 or 1), row i for sample i.
 
-    They depend on nothing but (n, seed, epoch): neither on the number of workers or ranks nor on the order of samples.
+    They depend on (n, seed, epoch, pad) alone: not on the number of workers or ranks, nor on the order of samples.
     """
     generator = seeded_generator(seed, epoch, purpose=1)
     offsets = torch.randint(0, 2 * pad + 1, (n, 2), generator=generator)
@@ -36,7 +38,7 @@ def crop_and_flip(images: Tensor, numbers: Tensor, pad: int = 4) -> Tensor:
         uint8 (B, C, H, W) in channels_last layout.
     """
     count, channels, height, width = images.shape
-    # Pixels as they will lie in memory, so that each is fetched whole.
+    # Channels last, so that the bytes of a pixel are fetched together.
     padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, pad, pad, pad, pad))
     device = images.device
     top, left, flip = (column[:, None] for column in numbers.unbind(1))
@@ -50,14 +52,27 @@ def crop_and_flip(images: Tensor, numbers: Tensor, pad: int = 4) -> Tensor:
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 (B, C, H, W) to float32 (x/255 - mean)/std in channels_last layout, in torchvision's order of operations.
+    """(x/255 - mean)/std on the images' device, in torchvision's order of operations.
 
     Args:
-        mean, std: float32 (C,), as shares of 1.
+        images: uint8 (B, C, H, W) in any layout; not changed. Another type is a ValueError.
+        mean, std: float32 (C,) on the CPU, as shares of 1.
+
+    Returns:
+        float32 (B, C, H, W) in channels_last layout.
     """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"normalise takes uint8 images, got {images.dtype}")
     images = images.contiguous(memory_format=torch.channels_last).to(torch.float32)
     # By lines of pixels, red, green, blue, red, ...: three channels alone are too short a row for vector instructions.
     count, channels, height, width = images.shape
     lines = images.permute(0, 2, 3, 1).view(count, height, width * channels)
-    lines.div_(255).sub_(mean.repeat(width)).div_(std.repeat(width))
+    mean_line, std_line = (_repeated(tuple(values.tolist()), width, images.device) for values in (mean, std))
+    lines.div_(255).sub_(mean_line).div_(std_line)
     return images
+
+
+@lru_cache(maxsize=64)
+def _repeated(values: tuple[float, ...], times: int, device: torch.device) -> Tensor:
+    """Kept on the device, as a copy from the host in every step would wait for a GPU."""
+    return torch.tensor(values, dtype=torch.float32).repeat(times).to(device)

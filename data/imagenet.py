@@ -6,8 +6,10 @@ import os
 import shlex
 from pathlib import Path
 
+from data.cifar import NoData
 from data.image_files import ImageFiles
-from data.sources import Data, NoData, class_folders
+from data.image_trees import IMAGE_SUFFIXES, find_tree, list_tree
+from data.sources import Data
 from utils.base.errors import UserError
 
 
@@ -17,60 +19,53 @@ def load_imagenet(
     """Lists the files of a tree; nothing is decoded yet.
 
     Args:
-        path: holds train/<class>/ and val/<class>/ (or test/<class>/). Labels are the numbers of the sorted class names, which is the usual order
-            of ImageNet's classes.
-        size: height and width of the images handed out.
-        seed: of the augmentation.
-        on_bad_image: "skip" or "stop"; see ImageFiles.
+        path: holds train/<class>/ and val/<class>/ (or test/<class>/).
+        size, seed, on_bad_image: see ImageFiles.
 
     Raises:
         UserError: no such tree; archives that are not unpacked; the line gives the command that does it.
     """
     path = Path(path)
     refuse_archives(path)
-    train = path / "train"
-    test = next((path / split for split in ("val", "test") if (path / split).is_dir()), path / "val")
-    if not (train.is_dir() and test.is_dir()):
+    # The images in ImageNet's test/ have no published labels.
+    found = find_tree(path, ("val", "test"))
+    if not found:
         raise NoData(f"no image tree at '{path}': expected {path}/train/<class>/<image> and {path}/val/<class>/<image>")
-    folders = {split: class_folders(folder) for split, folder in (("train", train), ("test", test))}
-    classes = sorted(folders["train"])
-    if sorted(folders["test"]) != classes:
-        odd = sorted(set(classes) ^ set(folders["test"]))
-        raise UserError(f"'{train}' and '{test}' must have the same class folders; only one has: {', '.join(odd[:5])}")
-    datasets = {}
-    for split, folder in (("train", train), ("test", test)):
-        by_class = folders[split]
-        files = [os.path.join(c, entry.name) for c in classes for entry in by_class[c]]
-        labels = [label for label, c in enumerate(classes) for _ in by_class[c]]
-        datasets[split] = ImageFiles(
-            folder, files, labels, size=size, augment=split == "train", seed=seed, on_bad_image=on_bad_image
+    files, classes = list_tree(*found)
+    train, test = (
+        ImageFiles(
+            folder,
+            [os.path.join(classes[label], entry.name) for entry, label in files[split]],
+            [label for _, label in files[split]],
+            size=size,
+            augment=split == "train",
+            seed=seed,
+            on_bad_image=on_bad_image,
         )
-    return Data(name, datasets["train"], datasets["test"], classes, f"image tree {path}")
+        for split, folder in zip(("train", "test"), found, strict=True)
+    )
+    return Data(name, train, test, classes, f"image tree {path}")
 
 
 def refuse_archives(path: Path) -> None:
-    """Raises UserError where ImageNet is there as it is handed out: one tar file per class, one of these, or a flat folder."""
+    """Raises UserError where ImageNet is as it is distributed: two tar files, one per class, images without classes."""
     place = shlex.quote(str(path))
     outer = sorted(path.glob("ILSVRC2012_img_*.tar"))
     if outer and not (path / "train").is_dir():
-        raise UserError(
-            f"'{outer[0]}' is not unpacked; this does it: mkdir -p {place}/train {place}/val && "
-            f"tar -xf {place}/ILSVRC2012_img_train.tar -C {place}/train && tar -xf {place}/ILSVRC2012_img_val.tar -C {place}/val"
-        )
-    for split in ("train", "val"):
-        folder = path / split
-        if not folder.is_dir():
-            continue
+        unpack = " && ".join(f"tar -xf {place}/ILSVRC2012_img_{s}.tar -C {place}/{s}" for s in ("train", "val"))
+        raise UserError(f"'{outer[0]}' is not unpacked; this does it: mkdir -p {place}/train {place}/val && {unpack}")
+    for folder in filter(Path.is_dir, (path / "train", path / "val")):
         with os.scandir(folder) as entries:
             files = sorted(e.name for e in entries if e.is_file() and not e.name.startswith("."))
         archives = [name for name in files if name.endswith((".tar", ".tar.gz", ".tgz"))]
         if archives:
+            unpack = 'for f in *.tar*; do mkdir -p "${f%%.*}" && tar -xf "$f" -C "${f%%.*}" && rm "$f"; done'
             raise UserError(
-                f"'{folder}' holds {len(archives)} archive{'s' if len(archives) > 1 else ''} ({archives[0]}, ...), one per class; this unpacks them into class "
-                f'folders: cd {place}/{split} && for f in *.tar*; do mkdir -p "${{f%%.*}}" && tar -xf "$f" -C "${{f%%.*}}" && rm "$f"; done'
+                f"'{folder}' holds {len(archives)} archives ({archives[0]}, ...), one per class; this unpacks them "
+                f"into class folders: cd {shlex.quote(str(folder))} && {unpack}"
             )
-        if any(name.lower().endswith((".jpeg", ".jpg", ".png")) for name in files):
+        if any(name.lower().endswith(IMAGE_SUFFIXES) for name in files):
             raise UserError(
-                f"'{folder}' holds images themselves ({files[0]}, ...), expected class folders {folder}/<class>/<image>; for ImageNet's validation "
-                "images, move each into the folder of its class (the development kit's list of labels says which)"
+                f"'{folder}' holds images without class folders ({files[0]}, ...), expected {folder}/<class>/<image>; "
+                "move each image into the folder of its class (ImageNet's development kit lists the labels)"
             )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
+from functools import partial
 from itertools import islice
 
 import torch
@@ -11,6 +14,10 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import IterableDataset, default_collate
 
 from data.sampler import GrowingBatchSampler, seeded_generator
+from utils.base.errors import UserError
+
+# Workers hand their mini-batches over through files in this folder.
+SHARED_MEMORY = "/dev/shm"
 
 
 class DataLoader(TorchDataLoader):
@@ -21,21 +28,19 @@ class DataLoader(TorchDataLoader):
       0 < k < 1:          floor(batch_size*(1+k*t)), up to max_batch_size (default 2*batch_size);
       k >= batch_size:    batch_size+4*t, up to k (the release's `--batch_size 64 --k 128`).
 
-    `len(loader)` is the exact number of mini-batches of the epoch at hand, `loader.sizes()` their sizes. Every sample comes
-    once per epoch. Each `iter(loader)` is the next epoch; `set_epoch` chooses one.
+    `len(loader)` is the exact number of mini-batches of the current epoch, `loader.sizes()` their sizes. Every sample
+    comes once per epoch. Each `iter(loader)` is the next epoch; `set_epoch` chooses one.
 
     Args:
-        dataset: a map-style dataset. One that has `__getitems__(indices)` and sets `returns_batches = True` makes
-            whole mini-batches itself; they are passed on without collating.
+        dataset: map-style. One with `__getitems__(indices)` and `returns_batches = True` makes whole mini-batches; they
+            are not collated.
         batch_size: samples in the first mini-batch, over all ranks together.
-        k, growth, restart, max_batch_size, num_replicas, rank: see GrowingBatchSampler. num_replicas and rank default to those
-            of torch.distributed where it is initialised, unless a `sampler` gives the order: that is not split unasked.
-        seed: of the order of samples and of the workers' random numbers; None draws one from torch's global generator (0 with
-            several ranks, which must agree). An epoch's order depends on nothing but (seed, epoch).
-        sampler: gives the order instead of shuffle.
-        batch_sampler: torch's own argument: replaces the schedule, so k must be None.
-        collate_fn, num_workers, pin_memory, persistent_workers and further keywords: as in torch. A `generator` of your own is
-            used for the workers' seeds and never reseeded here.
+        sampler: gives the order instead of shuffle; batch_sampler: replaces the schedule, so k must be None.
+        growth, restart, max_batch_size, num_replicas, rank: see GrowingBatchSampler. The last two default to those of
+            torch.distributed; with a `sampler` to one process, as a DistributedSampler has taken the share already.
+        seed: of the order and of the workers' random numbers, which depend on (seed, epoch) alone; None draws one from
+            torch's global generator (0 with several ranks, which must agree).
+        torch_options: further keywords of torch's. A `generator` of your own is never reseeded here.
 
     Raises:
         ValueError: an argument out of range; an invalid k names the three meanings above.
@@ -63,65 +68,47 @@ class DataLoader(TorchDataLoader):
         **torch_options,
     ):
         if isinstance(dataset, IterableDataset):
-            raise ValueError(
-                "this DataLoader orders samples by index; an IterableDataset has none: use torch.utils.data.DataLoader"
-            )
+            raise ValueError("an IterableDataset has no indices to order; use torch.utils.data.DataLoader")
         if sampler is not None and shuffle:
             raise ValueError("sampler and shuffle exclude each other: the sampler gives the order")
-        in_group = dist.is_available() and dist.is_initialized()
-        # A sampler of the user's own (a DistributedSampler) may have taken the rank's share already: it is not split unasked.
-        in_group = in_group and sampler is None
+        in_group = dist.is_available() and dist.is_initialized() and sampler is None
         num_replicas = num_replicas if num_replicas is not None else dist.get_world_size() if in_group else 1
         rank = rank if rank is not None else dist.get_rank() if in_group else 0
         if seed is None:
             seed = int(torch.randint(2**31, ())) if num_replicas == 1 else 0
         if batch_sampler is None:
-            batch_sampler = GrowingBatchSampler(
-                len(dataset) if sampler is None else sampler,
-                batch_size,
-                k,
-                shuffle=shuffle,
-                drop_last=drop_last,
-                growth=growth,
-                restart=restart,
-                max_batch_size=max_batch_size,
-                seed=seed,
-                num_replicas=num_replicas,
-                rank=rank,
-            )
+            order = len(dataset) if sampler is None else sampler
+            options = dict(shuffle=shuffle, drop_last=drop_last, seed=seed, num_replicas=num_replicas, rank=rank)
+            options |= dict(growth=growth, restart=restart, max_batch_size=max_batch_size)
+            batch_sampler = GrowingBatchSampler(order, batch_size, k, **options)
         elif k is not None or shuffle or drop_last or sampler is not None or batch_size != 1:
             raise ValueError(
                 f"batch_sampler replaces batch_size, k, shuffle, sampler and drop_last; got k={k!r} beside it"
             )
         if collate_fn is None:
-            collate_fn = _as_it_is if getattr(dataset, "returns_batches", False) else default_collate
+            collate_fn = _unchanged if getattr(dataset, "returns_batches", False) else default_collate
             if num_replicas > 1:
-                collate_fn = _CollateShare(collate_fn)
-        torch_options.setdefault("worker_init_fn", _leave_process_group)
-        own_generator = torch_options.get("generator") is None
-        if own_generator:
-            torch_options["generator"] = torch.Generator()
-        super().__init__(
-            dataset,
-            batch_sampler=batch_sampler,
-            num_workers=num_workers,
-            collate_fn=collate_fn,
-            pin_memory=pin_memory,
-            **torch_options,
-        )
+                collate_fn = partial(_collate_share, collate_fn)
         self.seed = seed
-        self._own_generator = own_generator
-        self._epoch = 0  # of the next iter(), or of the one at hand
+        self._grows = isinstance(batch_sampler, GrowingBatchSampler)
+        self._seed_workers = torch_options.get("generator") is None
+        if self._seed_workers:
+            torch_options["generator"] = torch.Generator()
+        torch_options |= dict(num_workers=num_workers, collate_fn=collate_fn, pin_memory=pin_memory)
+        super().__init__(dataset, batch_sampler=batch_sampler, **torch_options)
+        self._epoch = 0  # of the next iter(), or the current one
         self._position = 0  # mini-batches of epoch _epoch that were handed out
-        self._pass = None  # the pass over epoch _epoch, once it has begun; an older iterator changes nothing any more
+        self._pass = (
+            None  # identifies the iterator of epoch _epoch, once it has begun; older ones change nothing any more
+        )
 
     @property
     def epoch(self) -> int:
-        """Number of the epoch at hand: the one being iterated, or the one that the next iter() begins."""
+        """Number of the epoch being iterated, or of the one that the next iter() begins."""
         return self._epoch
 
     def sizes(self, epoch: int | None = None) -> list[int]:
-        """Sizes of the mini-batches of an epoch (that at hand by default), over all ranks together."""
+        """Sizes of the mini-batches of an epoch (the current one by default), over all ranks together."""
         return self.batch_sampler.sizes(self._epoch if epoch is None else epoch)
 
     def close(self) -> None:
@@ -137,7 +124,7 @@ class DataLoader(TorchDataLoader):
         self._move_to(epoch, 0)
 
     def state_dict(self) -> dict:
-        """Where the loader stands: {"seed", "epoch", "position"}, position in mini-batches of that epoch handed out so far."""
+        """{"seed", "epoch", "position"}: position counts the mini-batches of that epoch that were handed out."""
         return {"seed": self.seed, "epoch": self._epoch, "position": self._position}
 
     def load_state_dict(self, state: dict) -> None:
@@ -146,19 +133,15 @@ class DataLoader(TorchDataLoader):
         if not all(isinstance(value, int) for value in (seed, epoch, position)) or epoch < 0 or position < 0:
             raise ValueError(f"a loader's state is whole numbers, epoch and position >= 0; got {state!r}")
         self.seed = seed
-        if isinstance(self.batch_sampler, GrowingBatchSampler):
+        if self._grows:
             self.batch_sampler.seed = seed
-        if position and position >= self._length_of(epoch):
+        if position and position >= len(self.sizes(epoch) if self._grows else self.batch_sampler):
             epoch, position = epoch + 1, 0
         self._move_to(epoch, position)
 
-    def _length_of(self, epoch: int) -> int:
-        own = isinstance(self.batch_sampler, GrowingBatchSampler)
-        return len(self.batch_sampler.sizes(epoch)) if own else len(self.batch_sampler)
-
     def _move_to(self, epoch: int, position: int) -> None:
         self._epoch, self._position, self._pass = epoch, position, None
-        if isinstance(self.batch_sampler, GrowingBatchSampler):
+        if self._grows:
             self.batch_sampler.epoch = epoch
 
     def __iter__(self):
@@ -166,15 +149,15 @@ class DataLoader(TorchDataLoader):
             self._move_to(self._epoch + 1, 0)
         this_pass = self._pass = object()
         epoch, skip = self._epoch, self._position
-        if isinstance(self.batch_sampler, GrowingBatchSampler):
+        if self._grows:
             self.batch_sampler.epoch, self.batch_sampler.start = epoch, skip
             skip = 0
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
-        if self._own_generator:
+        if self._seed_workers:
             # torch draws the workers' seeds from it.
             self.generator.set_state(seeded_generator(self.seed, epoch, purpose=2).get_state())
-        # A batch_sampler of the user's own cannot start in the middle: what was handed out is made again and left out.
+        # A batch_sampler of the user's own starts at its beginning: what was handed out is made again.
         for batch in islice(super().__iter__(), skip, None):
             if self._pass is this_pass:
                 self._position += 1
@@ -183,33 +166,47 @@ class DataLoader(TorchDataLoader):
             self._move_to(epoch + 1, 0)
 
 
-def _leave_process_group(worker: int) -> None:
-    """Ctrl-C at a terminal, and a signal to a process group, reach the training process alone, which ends its workers itself."""
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
+def check_shared_memory(loader: DataLoader, *, epochs: int = 1, processes: int = 1) -> None:
+    """Raises UserError if mini-batches of workers may not fit into /dev/shm, where the run would die with a bus error.
+
+    Counted at worst: every worker has prefetched the largest mini-batches, and one is in use.
+
+    Args:
+        loader: over an image data set of this package.
+        epochs: of the run; without restart the mini-batch grows over all of them.
+        processes: training processes on this machine, each with such a loader.
+    """
+    if not loader.num_workers or not os.path.isdir(SHARED_MEMORY):
+        return
+    largest = max([*loader.sizes(0), *loader.sizes(epochs - 1)], default=0)
+    images = -(-largest // loader.batch_sampler.num_replicas)
+    batches = loader.num_workers * loader.prefetch_factor + 1
+    needed = processes * batches * images * math.prod(loader.dataset.image_shape)
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise UserError(
+            f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free, {processes * loader.num_workers} workers with "
+            f"{loader.prefetch_factor} mini-batches of {images} images each may need {needed / 2**20:.0f}; use fewer "
+            "--workers, a smaller --prefetch_factor or --batch_size, or enlarge it (docker run --shm-size)"
+        )
 
 
 def first_images(dataset, count: int) -> torch.Tensor:
-    """The first images of a data set of (image, label), (B, C, H, W), B <= count: on this rank alone, and without those that cannot be read.
+    """The first readable images of an image data set, normalised (B, C, H, W), B <= count: the same on every rank.
 
     Raises:
         ValueError: there is none.
     """
     for images, _ in DataLoader(dataset, count, num_replicas=1, rank=0):
         if len(images):
-            return images
+            return dataset.normalise(images)
     raise ValueError("not one image can be read")
 
 
-def _as_it_is(batch):
+def _unchanged(batch):
     return batch
 
 
-class _CollateShare:
-    """Collates a rank's share of a mini-batch; an empty share (fewer samples than ranks) comes through as []."""
-
-    def __init__(self, collate):
-        self.collate = collate
-
-    def __call__(self, samples):
-        return self.collate(samples) if len(samples) else []
+def _collate_share(collate, samples):
+    """An empty share of a mini-batch (fewer samples than ranks) comes through as []."""
+    return collate(samples) if len(samples) else []

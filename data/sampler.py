@@ -1,8 +1,8 @@
 """The growing mini-batch: which samples make up mini-batch t of an epoch.
 
-Zhou, Yuan, Feng (NeurIPS 2018) let the mini-batch of hybrid stochastic gradient hard thresholding grow as s_t = s_0*(1+k)^t;
-the authors' release grows it linearly within each epoch (64 -> 128). Everything here is a function of (seed, epoch), so a
-position in the training is two integers, and every process can work out its share without asking the others.
+Zhou, Yuan, Feng (NeurIPS 2018) let the mini-batch of hybrid stochastic gradient hard thresholding grow as
+s_t = s_0*(1+k)^t; the authors' release grows it linearly within each epoch (64 -> 128). Everything here is a function
+of (seed, epoch): a position in the training is two integers, every process computes its share without communication.
 """
 
 from __future__ import annotations
@@ -22,47 +22,21 @@ GROWTHS = ("linear", "exponential")
 CAP_INCREMENT = 4
 
 
-def batch_size_at(
-    t: int, batch_size: int, k: float | None = None, growth: str = "linear", max_batch_size: int | None = None
-) -> int:
-    """Samples in mini-batch t = 0, 1, ... of the schedule, before the end of the data cuts it short.
-
-    Args:
-        t: number of the mini-batch.
-        batch_size: samples in mini-batch 0.
-        k: None, a step size in (0, 1), or a cap >= batch_size; see K_MEANINGS.
-        growth: "linear" (the release), or "exponential": batch_size*(1+k)^t (the paper), for a step size only.
-        max_batch_size: bound for a step size; None: 2*batch_size for linear growth, no bound for exponential growth.
-    """
-    if k is None:
-        return batch_size
-    if k >= 1:
-        return min(batch_size + CAP_INCREMENT * t, int(k))
-    if growth == "exponential":
-        # In logarithms, because (1+k)^t overflows long before a bound that is far away matters.
-        exponent = math.log(batch_size) + t * math.log1p(k)
-        size = math.inf if exponent > 40 else batch_size * (1 + k) ** t
-    else:
-        size = batch_size * (1 + k * t)
-        max_batch_size = 2 * batch_size if max_batch_size is None else max_batch_size
-    bound = 2**40 if max_batch_size is None else max_batch_size
-    # The factor lifts products such as 28.999999999999996 to the decimal number that was meant.
-    return bound if size >= bound else math.floor(size * (1 + 1e-12))
-
-
 class GrowingBatchSampler(Sampler[list[int]]):
     """Yields lists of indices whose length grows over the epoch, or over the whole training.
 
     Args:
-        sampler: an iterable with a length that gives indices (it orders the epoch itself), or a number of samples N, for which
-            the sampler orders 0..N-1 itself.
-        batch_size, k, growth, max_batch_size: see batch_size_at. Sizes are those of the whole mini-batch, over all ranks.
+        sampler: a number of samples N, whose indices 0..N-1 are ordered here, or an iterable of indices with a length.
+        batch_size: samples in mini-batch 0, over all ranks together, as all sizes here.
+        k: None, a step size in (0, 1), or a cap >= batch_size; see K_MEANINGS.
+        growth: "linear" (the release), or "exponential": batch_size*(1+k)^t (the paper), for a step size only.
+        max_batch_size: bound for a step size; None: 2*batch_size for linear growth, no bound for exponential growth.
         shuffle: with a number of samples, a new permutation every epoch, from (seed, epoch).
         drop_last: leave out a last mini-batch that is shorter than the schedule asks for.
         restart: True starts the schedule again every epoch (the release); False continues it (the paper).
         seed: of the permutations; the same on every rank.
-        num_replicas, rank: of the mini-batch that one process would get, rank r of R takes entries r, r+R, r+2R, ...; the shares
-            together are that mini-batch. A share may be empty when the mini-batch has fewer samples than there are ranks.
+        num_replicas, rank: rank r of R takes entries r, r+R, r+2R, ... of the mini-batch that one process would get. A
+            share may be empty when the mini-batch has fewer samples than there are ranks.
 
     Raises:
         ValueError: an argument out of range, named with its value.
@@ -84,55 +58,51 @@ class GrowingBatchSampler(Sampler[list[int]]):
         rank: int = 0,
     ):
         _check_schedule(batch_size, k, growth, max_batch_size)
-        if not (
-            isinstance(num_replicas, int) and num_replicas >= 1 and isinstance(rank, int) and 0 <= rank < num_replicas
-        ):
+        if not (isinstance(num_replicas, int) and isinstance(rank, int) and 0 <= rank < num_replicas):
             raise ValueError(f"rank must be in 0..num_replicas-1, got rank={rank!r} and num_replicas={num_replicas!r}")
         if not isinstance(seed, int):
             raise ValueError(f"seed must be a whole number, got {seed!r}")
-        self.sampler = sampler
-        self.batch_size = batch_size
-        self.k = k
-        self.shuffle = shuffle
-        self.drop_last = drop_last
-        self.growth = growth
-        self.restart = restart
-        self.max_batch_size = max_batch_size
+        self.sampler, self.shuffle, self.drop_last, self.restart = sampler, shuffle, drop_last, restart
+        self.batch_size, self.k, self.growth, self.max_batch_size = batch_size, k, growth, max_batch_size
+        self.num_replicas, self.rank = num_replicas, rank
         self.seed = seed
-        self.num_replicas = num_replicas
-        self.rank = rank
-        self.epoch = 0
-        self.start = 0
-        self._known_starts = [0]
-
-    @property
-    def num_samples(self) -> int:
-        return self.sampler if isinstance(self.sampler, int) else len(self.sampler)
+        self.epoch = self.start = 0
+        self._first_t_of = [0]
 
     def sizes(self, epoch: int | None = None) -> list[int]:
         """Sizes of the mini-batches of one epoch (the current one by default), over all ranks together."""
-        return self._sizes_from(self._first_t(self.epoch if epoch is None else epoch))
+        epoch = 0 if self.restart else self.epoch if epoch is None else epoch
+        while len(self._first_t_of) <= epoch:
+            before = self._first_t_of[-1]
+            self._first_t_of.append(before + len(self._sizes_from(before)))
+        return self._sizes_from(self._first_t_of[epoch])
+
+    def _size_at(self, t: int) -> int:
+        """Samples in mini-batch t of the schedule, before the end of the data cuts it short."""
+        first, k = self.batch_size, self.k
+        if k is None or k >= 1:
+            return first if k is None else min(first + CAP_INCREMENT * t, int(k))
+        if self.growth == "exponential":
+            # In logarithms, because (1+k)^t overflows long before a bound that is far away matters.
+            exponent = math.log(first) + t * math.log1p(k)
+            size = math.inf if exponent > 40 else first * (1 + k) ** t
+            bound = self.max_batch_size or 2**40
+        else:
+            size = first * (1 + k * t)
+            bound = self.max_batch_size or 2 * first
+        # The factor lifts products such as 28.999999999999996 to the decimal number that was meant.
+        return bound if size >= bound else math.floor(size * (1 + 1e-12))
 
     def _sizes_from(self, t: int) -> list[int]:
-        sizes, left = [], self.num_samples
+        sizes, left = [], self.sampler if isinstance(self.sampler, int) else len(self.sampler)
         while left > 0:
-            wanted = batch_size_at(t, self.batch_size, self.k, self.growth, self.max_batch_size)
+            wanted = self._size_at(t)
             if wanted > left and self.drop_last:
                 break
             sizes.append(min(wanted, left))
             left -= sizes[-1]
             t += 1
         return sizes
-
-    def _first_t(self, epoch: int) -> int:
-        """The schedule's t at the beginning of an epoch: with restart=False the number of mini-batches before it."""
-        if self.restart:
-            return 0
-        while len(self._known_starts) <= epoch:
-            before = self._known_starts[-1]
-            # Once an epoch is empty (drop_last and a mini-batch larger than the data) all later ones are.
-            self._known_starts.append(before + len(self._sizes_from(before)))
-        return self._known_starts[epoch]
 
     def __len__(self) -> int:
         return len(self.sizes())
@@ -153,10 +123,8 @@ class GrowingBatchSampler(Sampler[list[int]]):
 
 
 def seeded_generator(seed: int, epoch: int, purpose: int = 0) -> torch.Generator:
-    """A generator for one epoch of one seed and one purpose (order of samples, augmentation, ...).
-
-    Neighbours must not meet (seed 1 in epoch 2 and seed 2 in epoch 1), hence the large odd factors.
-    """
+    """A generator for one epoch of one seed and one purpose (order of samples, augmentation, ...)."""
+    # The large factors keep neighbours apart (seed 1 in epoch 2, seed 2 in epoch 1).
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch * 0x9E3779B1 + purpose * 0xC2B2AE3D27 + 1) % 2**63)
 
 
@@ -172,10 +140,7 @@ def _check_schedule(batch_size: int, k: float | None, growth: str, max_batch_siz
         raise ValueError(f"{K_MEANINGS}; got k={k!r} with batch_size={batch_size}")
     if growth == "exponential" and not is_step:
         raise ValueError(f'growth="exponential" needs a step size 0 < k < 1, got k={k!r}')
-    if max_batch_size is not None:
-        if not is_step:
-            raise ValueError(f"max_batch_size={max_batch_size!r} bounds a step size 0 < k < 1, got k={k!r}")
-        if not isinstance(max_batch_size, int) or max_batch_size < batch_size:
-            raise ValueError(
-                f"max_batch_size must be a whole number >= batch_size={batch_size}, got {max_batch_size!r}"
-            )
+    if max_batch_size is not None and not is_step:
+        raise ValueError(f"max_batch_size={max_batch_size!r} bounds a step size 0 < k < 1, got k={k!r}")
+    if max_batch_size is not None and not (isinstance(max_batch_size, int) and max_batch_size >= batch_size):
+        raise ValueError(f"max_batch_size must be a whole number >= batch_size={batch_size}, got {max_batch_size!r}")

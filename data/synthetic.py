@@ -1,17 +1,29 @@
 """A learnable set of 10 classes of 32x32 images made by code, for machines with neither data nor network.
 
-Every class is a smooth random pattern; an image is its class's pattern, shifted, with random brightness and contrast and
-strong noise. It tells whether the software works, nothing about the method: never compare its figures with published ones.
+Every class is a smooth random pattern; an image is its class's pattern, shifted, with random brightness and contrast
+and strong noise. It shows whether the software works, nothing about the method: no figure of it is comparable.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.cache import Arrays
+
 CLASSES = 10
 SIZE = 32
+# Number of images.
+COUNTS = {"train": 10_000, "test": 2_000}
+
+
+def make_synthetic(path: Path) -> Arrays:
+    """The data set "synthetic"; the data path is not used."""
+    arrays = {split: make_images(count, seed) for seed, (split, count) in enumerate(COUNTS.items(), start=1)}
+    return arrays, [f"pattern{i}" for i in range(CLASSES)]
 
 
 def make_images(n: int, seed: int) -> tuple[Tensor, Tensor]:
