@@ -105,21 +105,24 @@ def everything(net, optimizer, name):
     return tensors
 
 
-@pytest.mark.parametrize("stop, score, tied", [(20, "norm", True), (33, "taylor", True), (33, "taylor", False)])
-def test_resumed_run_is_bit_identical(stop, score, tied):
+@pytest.mark.parametrize(
+    "arch, stop, score, tied",
+    [("resnet20", 33, "taylor", True), ("resnet8", 20, "norm", True), ("resnet8", 33, "taylor", False)],
+)
+def test_resumed_run_is_bit_identical(arch, stop, score, tied):
     """Stopped right after a cut, and between two with filters at zero, on disk in between."""
     options = dict(HTrate=0.5, score=score, tied=tied)
-    straight = start("resnet20", dtype=torch.float32, **options)
+    straight = start(arch, dtype=torch.float32, **options)
     train(*straight, range(50))
-    net, optimizer, pruning, size = start("resnet20", dtype=torch.float32, **options)
+    net, optimizer, pruning, size = start(arch, dtype=torch.float32, **options)
     assert train(net, optimizer, pruning, size, range(stop)) == [19]
     file = io.BytesIO()
     parts = {"optimizer": optimizer.state_dict(), "pruning": pruning.state_dict()}
-    torch.save({"state_dict": net.state_dict(), "arch": "resnet20", "num_classes": 10, **parts}, file)
+    torch.save({"state_dict": net.state_dict(), "arch": arch, "num_classes": 10, **parts}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
 
-    net = models.build_like(saved, "resnet20", "file")
+    net = models.build_like(saved, arch, "file")
     net.load_state_dict(saved["state_dict"])
     optimizer = AHSG_HT(net.parameters(), **OPTIONS)
     optimizer.load_state_dict(saved["optimizer"])
@@ -138,20 +141,20 @@ def test_resumed_run_is_bit_identical(stop, score, tied):
 
 
 def test_share_grows_along_the_cubic():
-    net, optimizer, pruning, size = start(steps=100, HTrate=0.5, begin=0.2, end=0.7, shrink=False)
+    _, _, pruning, _ = start(steps=100, HTrate=0.5, begin=0.2, end=0.7, shrink=False)
     assert (pruning.first, pruning.last, pruning.every) == (20, 70, 1)
     removals = {}
     for step in range(100):
         if pruning.before_step(step):
-            removals[step] = pruning.plan.count(pruning.alive)
+            removals[step] = pruning.alive
     assert min(removals) == 21 and max(removals) <= 70
-    for step, kept in removals.items():
+    for step, alive in removals.items():
         removed = 0.5 * (1 - (1 - (step - 20) / 50) ** 3)
-        assert torch.equal(kept, uniform(pruning.plan, 1 - removed)), step
+        assert torch.equal(pruning.plan.count(alive), uniform(pruning.plan, 1 - removed)), step
     # Half-way in time seven eighths are gone.
-    layer = pruning.plan.convolutions[-1]
-    assert pruning.plan.filters(layer, removals[max(s for s in removals if s <= 45)]) == int(64 * (1 - 0.5 * 7 / 8))
-    assert pruning.plan.filters(layer, removals[max(removals)]) == 32
+    widest = pruning.plan.convolutions[-1].unit
+    assert removals[max(s for s in removals if s <= 45)][widest].sum() == int(64 * (1 - 0.5 * 7 / 8))
+    assert pruning.alive[widest].sum() == 32
 
 
 @pytest.mark.parametrize("begin, end, steps", [(0, 0, 50), (1, 1, 50), (0.5, 0.5, 7), (0, 1, 1), (0.1, 0.9, 5000)])
@@ -211,33 +214,30 @@ def test_removal_zeroes_momentum_and_previous_weights_too():
 @pytest.mark.parametrize("score", SCORES)
 def test_scores_are_the_naive_ones(score):
     net, _, pruning, size = start(steps=40, HTrate=0.5, score=score, shrink=False)
-    expected, n = {}, 0
+    pairs = {"conv_1_3x3": "bn_1"}
+    pairs |= {f"stage_{s}.0.conv_{c}": f"stage_{s}.0.bn_{c}" for s in (1, 2, 3) for c in "ab"}
+    expected = {name: [0.0] * len(net.get_submodule(name).weight) for name in pairs}
     for step in range(8, 12):
         net.zero_grad()
         F.cross_entropy(net(images(step, size)), torch.arange(4)).backward()
         pruning.scores.accumulate()
-        n += 1
-        for conv, norm in (("conv_1_3x3", "bn_1"), *((f"stage_1.0.conv_{c}", f"stage_1.0.bn_{c}") for c in "ab")):
-            conv, norm = net.get_submodule(conv), net.get_submodule(norm)
-            now = {
-                "norm": lambda i, conv=conv: conv.weight[i].norm(),
-                "gamma": lambda i, norm=norm: norm.weight[i].abs(),
-                "taylor": lambda i, norm=norm: sum(p[i] * p.grad[i] for p in (norm.weight, norm.bias)).abs(),
-            }[score]
-            for i in range(16):
-                expected.setdefault(conv, [0.0] * 16)[i] += now(i).item()
-    layers = {c.name: c for c in pruning.plan.convolutions}
+        for name, values in expected.items():
+            conv, norm = net.get_submodule(name), net.get_submodule(pairs[name])
+            for i in range(len(values)):
+                if score == "norm":
+                    values[i] += conv.weight[i].norm().item()
+                elif score == "gamma":
+                    values[i] += norm.weight[i].abs().item()
+                else:
+                    values[i] += sum(p[i] * p.grad[i] for p in (norm.weight, norm.bias)).abs().item()
+    expected = {name: [v / sum(values) * len(values) for v in values] for name, values in expected.items()}
     found = pruning.scores.units(pruning.alive, pruning.present)
-    own = [v / sum(expected[net.stage_1[0].conv_a]) * 16 for v in expected[net.stage_1[0].conv_a]]
-    assert found[layers["stage_1.0.conv_a"].made].tolist() == pytest.approx(own)
-    # A stream's channel: all that is added to it.
-    stream = found[layers["conv_1_3x3"].made]
-    parts = pruning.scores
-    total = torch.zeros(16, dtype=torch.float64)
-    for name in ("conv_1_3x3", "stage_1.0.conv_b", "stage_2.0.conv_b", "stage_3.0.conv_b"):
-        values = parts._filters(layers[name], pruning.alive, pruning.present)
-        total += (values / values.mean())[:16]
-    assert torch.allclose(stream, total)
+    made = {c.name: c.made for c in pruning.plan.convolutions}
+    for name in ("stage_1.0.conv_a", "stage_2.0.conv_a", "stage_3.0.conv_a"):
+        assert found[made[name]].tolist() == pytest.approx(expected[name])
+    # A stream's channel: all that is added to it, in the later stages too.
+    added = [expected[name] for name in ("conv_1_3x3", *(f"stage_{s}.0.conv_b" for s in (1, 2, 3)))]
+    assert found[made["conv_1_3x3"]].tolist() == pytest.approx([sum(values) for values in zip(*added, strict=False)])
 
 
 def test_taylor_without_batch_norm_is_weight_times_gradient():

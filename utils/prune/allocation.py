@@ -109,7 +109,7 @@ def remove_where_cheap(plan: Plan, alive: Tensor, scores: Tensor, goal: float, r
     ordered = weakest_first(plan, alive, scores)
     sums = [[0.0, *accumulate(scores[units].tolist())] for units in ordered]
     gone = [0] * len(ordered)
-    per_out, per_in, cost, _ = plan.incidence
+    per_out, per_in, cost = plan.incidence
     both = cost @ (per_out * per_in)
     while plan.multiply_adds(kept) > goal:
         steps = torch.where(kept % round_to > 0, kept % round_to, float(round_to))

@@ -148,10 +148,9 @@ class GradualPruning:
         if torch.equal(self.alive, before):
             return None
         self._zero_removed()
-        kept, now = self.plan.count(before), self.plan.count(self.alive)
-        removed, left = (sum(self.plan.filters(c, k) for c in self.plan.convolutions) for k in (kept - now, now))
-        text = f"step {step}: {removed} filters removed, {left} left, {self._costs(now)}"
-        return f"{text}; {self._widths(now)}" if self.allocation == "global" else text
+        was, now = (sum(int(units[c.unit].sum()) for c in self.plan.convolutions) for units in (before, self.alive))
+        text = f"step {step}: {was - now} filters removed, {now} left; {self._costs(self.alive)}"
+        return f"{text}; {self._widths()}" if self.allocation == "global" else text
 
     def end_of_epoch(self, last_step: int) -> str | None:
         """Cuts out of the network what was removed since the last cut.
@@ -167,17 +166,11 @@ class GradualPruning:
         if not self.shrinks or not any(bool(gone[layer.made].any()) for layer in self.plan.layers):
             return None
         after = self.present & self.alive
-        for layer in self.plan.convolutions:
-            if layer.name in self.scores.sums:
-                stays = after[layer.made[self.present[layer.made]]]
-                self.scores.sums[layer.name] = self.scores.sums[layer.name][
-                    stays.to(self.scores.sums[layer.name].device)
-                ]
+        self.scores.cut(self.present, after)
         shrink(self.net, self.optimizer, self.plan, self.present, after)
         self.present = after
         self._zero_removed()
-        kept = self.plan.count(self.alive)
-        return f"network cut after step {last_step}: {self._costs(kept)}; {self._widths(kept)}"
+        return f"network cut after step {last_step}: {self._costs(self.alive)}; {self._widths()}"
 
     @torch.no_grad()
     def _zero_removed(self) -> None:
@@ -185,7 +178,7 @@ class GradualPruning:
         optimized = {p for group in self.optimizer.param_groups for p in group["params"]}
         for layer in self.plan.layers:
             living = self.alive[layer.unit[self.present[layer.made]]]
-            for _, tensor in row_tensors(self.net.get_submodule(layer.name), layer.kind):
+            for tensor in row_tensors(self.net, layer):
                 state = self.optimizer.state[tensor] if tensor in optimized else {}
                 state.pop("kept", None)
                 if living.all():
@@ -212,28 +205,29 @@ class GradualPruning:
             f"the removed share grows every {self.every} steps until step {self.last}"
         ]
         if self.allocation == "uniform":
-            kept = uniform(plan, self.rate, self.round_to)
-            width = max(len(layer.name) for layer in plan.convolutions)
+            everything = torch.ones_like(self.alive)
+            end = remove_to(plan, everything, everything.double(), uniform(plan, self.rate, self.round_to))
+            width = max(len(c.name) for c in plan.convolutions)
             lines.append(f"{'convolution':{width}}  filters  kept")
-            lines += [f"{c.name:{width}}  {len(c.made):7d}  {plan.filters(c, kept):4d}" for c in plan.convolutions]
-            lines.append(f"rate {self.rate:.4g}: {self._costs(kept)}")
+            lines += [f"{c.name:{width}}  {len(c.made):7d}  {int(end[c.unit].sum()):4d}" for c in plan.convolutions]
+            lines.append(f"rate {self.rate:.4g}: {self._costs(end)}")
         else:
             full = plan.multiply_adds(plan.full)
             lines.append(
-                f"multiply-adds {full:,} -> at most {int(self.goal):,} ({100 * (self.goal / full - 1):+.1f} %)"
+                f"multiply-adds {full:,} -> {int(self.goal):,} ({100 * (self.goal / full - 1):+.1f} %) or less"
             )
         lines += [f"kept whole: {name}: {reason}" for name, reason in plan.reasons.items()]
         return "\n".join(lines)
 
-    def _costs(self, kept: Tensor) -> str:
+    def _costs(self, alive: Tensor) -> str:
         texts = []
         for name, cost in (("multiply-adds", self.plan.multiply_adds), ("parameters", self.plan.parameters)):
-            full, now = cost(self.plan.full), cost(kept)
+            full, now = cost(self.plan.full), cost(self.plan.count(alive))
             texts.append(f"{name} {full:,} -> {now:,} ({100 * (now / full - 1):+.1f} %)")
         return ", ".join(texts)
 
-    def _widths(self, kept: Tensor) -> str:
-        return "widths " + " ".join(f"{c.name}:{self.plan.filters(c, kept)}" for c in self.plan.convolutions)
+    def _widths(self) -> str:
+        return "widths " + " ".join(f"{c.name}:{int(self.alive[c.unit].sum())}" for c in self.plan.convolutions)
 
     # -- resumption --
 

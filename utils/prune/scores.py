@@ -65,6 +65,12 @@ class Scores:
         """After a removal the mean starts again."""
         self.sums, self.count = {}, 0
 
+    def cut(self, before: Tensor, after: Tensor) -> None:
+        """Follows a cut of the network, see utils.prune.shrink."""
+        for layer in self.plan.convolutions if self.count else []:
+            own = self.sums[layer.name]
+            self.sums[layer.name] = own[after[layer.made[before[layer.made]]].to(own.device)]
+
     @torch.no_grad()
     def units(self, alive: Tensor, present: Tensor) -> Tensor:
         """float64 (units,), on the CPU: the score of every living unit.

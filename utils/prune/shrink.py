@@ -17,8 +17,8 @@ FOLLOWS = ("momentum_buffer", "prev_data")
 def shrink(net: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, before: Tensor, after: Tensor) -> None:
     """Cuts out of the network, in place, the channels that are in `before` and not in `after`, bool per class.
 
-    What is narrowed becomes a new, smaller parameter or buffer. Parameters take their predecessors' places in the optimizer's
-    groups, with the kept part of their state; gradients are dropped.
+    What is narrowed becomes a new, smaller parameter or buffer. Parameters take their predecessors' places in the
+    optimizer's groups, with the kept part of their state; gradients are dropped.
     """
     replaced: dict[nn.Parameter, tuple[nn.Parameter, Slices]] = {}
     for layer in plan.layers:
