@@ -19,6 +19,8 @@ from utils.prune.gradual import GradualPruning
 from utils.prune.scores import SCORES
 
 OPTIONS = dict(lr=0.05, momentum=0.9, weight_decay=5e-3, nesterov=True, v=0.1)
+# A removal after every fourth step, so that scores are collected before and after a cut.
+EVERY_4 = {"steps": 300, "begin": 0.0, "end": 0.8}
 NETWORKS = {
     "resnet8": (lambda: CifarResNet(8), 8),
     "resnet20": (lambda: models.build("resnet20"), 8),
@@ -70,7 +72,7 @@ def train(net, optimizer, pruning, size, steps, epoch=20):
     "name, options, steps",
     [
         ("resnet8", {"HTrate": 0.5}, 50),
-        ("resnet8", {"macs_cut": 0.6, "allocation": "global", "score": "taylor"}, 50),
+        ("resnet8", {"macs_cut": 0.6, "allocation": "global", "score": "taylor", **EVERY_4}, 50),
         ("resnet8", {"HTrate": 0.5, "score": "gamma", "tied": False}, 50),
         ("mobilenet_v2", {"HTrate": 0.7, "score": "taylor"}, 6),
     ],
@@ -78,11 +80,11 @@ def train(net, optimizer, pruning, size, steps, epoch=20):
 def test_cut_run_equals_the_masked_one(name, options, steps):
     """All kept weights, momenta, x_{t-1} and statistics, in float64, across two cuts."""
     epoch = 20 if steps == 50 else 3
-    cut, masked = (start(name, steps, shrink=shrink, **options) for shrink in (True, False))
+    cut, masked = (start(name, **{"steps": steps, **options}, shrink=shrink) for shrink in (True, False))
     assert train(*cut, range(steps), epoch) == [epoch - 1, 2 * epoch - 1]
     assert train(*masked, range(steps), epoch) == []
     pruning = cut[2]
-    assert pruning.done and torch.equal(pruning.alive, masked[2].alive)
+    assert torch.equal(pruning.alive, masked[2].alive)
     for layer in pruning.plan.layers:
         outputs, inputs = (pruning.present[classes].nonzero().flatten() for classes in (layer.made, layer.read))
         living = pruning.alive[layer.unit[outputs]]
@@ -107,11 +109,11 @@ def everything(net, optimizer, name):
 
 @pytest.mark.parametrize(
     "arch, stop, score, tied",
-    [("resnet20", 33, "taylor", True), ("resnet8", 20, "norm", True), ("resnet8", 33, "taylor", False)],
+    [("resnet20", 35, "taylor", True), ("resnet8", 20, "norm", True), ("resnet8", 35, "taylor", False)],
 )
 def test_resumed_run_is_bit_identical(arch, stop, score, tied):
     """Stopped right after a cut, and between two with filters at zero, on disk in between."""
-    options = dict(HTrate=0.5, score=score, tied=tied)
+    options = dict(HTrate=0.5, score=score, tied=tied, **EVERY_4)
     straight = start(arch, dtype=torch.float32, **options)
     train(*straight, range(50))
     net, optimizer, pruning, size = start(arch, dtype=torch.float32, **options)
@@ -126,9 +128,7 @@ def test_resumed_run_is_bit_identical(arch, stop, score, tied):
     net.load_state_dict(saved["state_dict"])
     optimizer = AHSG_HT(net.parameters(), **OPTIONS)
     optimizer.load_state_dict(saved["optimizer"])
-    pruning = GradualPruning(
-        net, optimizer, images(0, size), steps=50, begin=0.2, end=0.8, state=saved["pruning"], **options
-    )
+    pruning = GradualPruning(net, optimizer, images(0, size), state=saved["pruning"], **options)
     assert train(net, optimizer, pruning, size, range(stop, 50)) == [39]
     assert pruning.kept == straight[2].kept
     for (name, a), b in zip(net.state_dict().items(), straight[0].state_dict().values(), strict=True):
@@ -238,6 +238,17 @@ def test_scores_are_the_naive_ones(score):
     # A stream's channel: all that is added to it, in the later stages too.
     added = [expected[name] for name in ("conv_1_3x3", *(f"stage_{s}.0.conv_b" for s in (1, 2, 3)))]
     assert found[made["conv_1_3x3"]].tolist() == pytest.approx([sum(values) for values in zip(*added, strict=False)])
+
+
+def test_scores_start_again_after_a_removal():
+    net, _, pruning, size = start(HTrate=0.5, score="taylor", **EVERY_4)
+    F.cross_entropy(net(images(0, size)), torch.arange(4)).backward()
+    sums = {}
+    for step in range(13):
+        pruning.before_step(step)
+        sums[step] = pruning.scores.sums.get("conv_1_3x3", torch.zeros(())).clone()
+    assert not sums[4].any() and not sums[12].any() and sums[5].any()
+    assert torch.allclose(sums[3], 4 * sums[0]) and torch.allclose(sums[7], 3 * sums[5])
 
 
 def test_taylor_without_batch_norm_is_weight_times_gradient():

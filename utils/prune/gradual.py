@@ -136,7 +136,7 @@ class GradualPruning:
         self.done = step >= self.last
         share = 1.0 if self.done else 1 - (1 - (step - self.first) / (self.last - self.first)) ** 3
         scores = self.scores.units(self.alive, self.present)
-        self.scores.forget()
+        self.scores.sums = {}
         before = self.alive
         if self.allocation == "global":
             full = self.plan.multiply_adds(self.plan.full)
@@ -241,7 +241,6 @@ class GradualPruning:
             "rate": self.rate,
             "goal": self.goal,
             "sums": {name: value.clone() for name, value in self.scores.sums.items()},
-            "count": self.scores.count,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -252,7 +251,6 @@ class GradualPruning:
         self.scores = Scores(self.net, self.plan, self.score)
         device = next(self.net.parameters()).device
         self.scores.sums = {name: value.to(device, copy=True) for name, value in state["sums"].items()}
-        self.scores.count = state["count"]
         self._zero_removed()
 
 

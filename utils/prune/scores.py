@@ -4,7 +4,7 @@
     gamma   |gamma| of the BatchNorm that follows (Liu et al., "Network Slimming", ICCV 2017)
     taylor  |gamma * dL/dgamma + beta * dL/dbeta| of that BatchNorm, the change of the loss if its output became zero,
             to first order (Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019);
-            |sum(w * dL/dw)| over the filter where none follows; the mean over the mini-batches since the last removal
+            |sum(w * dL/dw)| over the filter where none follows; added up over the mini-batches since the last removal
 
 Scores of one convolution are divided by their mean over its living filters, so that no layer outweighs another by the
 scale of its weights. A unit's score is the mean over the convolutions that have a filter of it, times the number of
@@ -23,7 +23,7 @@ SCORES = ("norm", "gamma", "taylor")
 
 
 class Scores:
-    """Scores of the filters of a plan's convolutions; `sums` and `count` are what a mini-batch adds to.
+    """Scores of the filters of a plan's convolutions; `sums` {convolution: (filters,)} is what a mini-batch adds to.
 
     Raises:
         UserError: "gamma", and a convolution that no BatchNorm with weights follows.
@@ -32,7 +32,6 @@ class Scores:
     def __init__(self, net: nn.Module, plan: Plan, kind: str):
         self.net, self.plan, self.kind = net, plan, kind
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
         alone = [layer.name for layer in plan.convolutions if layer.norm is None]
         if kind == "gamma" and alone:
             raise UserError(
@@ -55,19 +54,14 @@ class Scores:
                 products.append(norm.weight * norm.weight.grad + norm.bias * norm.bias.grad)
         torch._foreach_abs_(products)
         names = [layer.name for layer in self.plan.convolutions]
-        if self.count:
+        if self.sums:
             torch._foreach_add_([self.sums[name] for name in names], products)
         else:
             self.sums = dict(zip(names, products, strict=True))
-        self.count += 1
-
-    def forget(self) -> None:
-        """After a removal the mean starts again."""
-        self.sums, self.count = {}, 0
 
     def cut(self, before: Tensor, after: Tensor) -> None:
         """Follows a cut of the network, see utils.prune.shrink."""
-        for layer in self.plan.convolutions if self.count else []:
+        for layer in self.plan.convolutions if self.sums else []:
             own = self.sums[layer.name]
             self.sums[layer.name] = own[after[layer.made[before[layer.made]]].to(own.device)]
 
@@ -95,7 +89,7 @@ class Scores:
     def _filters(self, layer: Layer, alive: Tensor, present: Tensor) -> Tensor:
         """float64: the scores of a convolution's filters."""
         if self.kind == "taylor":
-            return self.sums[layer.name].double() / self.count
+            return self.sums[layer.name].double()
         if self.kind == "gamma":
             return self.net.get_submodule(layer.norm).weight.double().abs()
         squares = self.net.get_submodule(layer.name).weight.square().flatten(2).sum(2).double()
