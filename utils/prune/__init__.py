@@ -1,0 +1,1 @@
+"""Gradual pruning: what can be removed together, scores, how much of each layer, the schedule, cutting in training."""

@@ -1,0 +1,99 @@
+"""How much a filter is needed: the norm of its weights, its BatchNorm's |gamma|, or a first-order Taylor estimate.
+
+    norm    l2 norm of the filter's weights for the channels that are alive
+    gamma   |gamma| of the BatchNorm that follows (Liu et al., "Network Slimming", ICCV 2017)
+    taylor  |gamma * dL/dgamma + beta * dL/dbeta| of that BatchNorm, the change of the loss if its output became zero,
+            to first order (Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019);
+            |sum(w * dL/dw)| over the filter where none follows; added up over the mini-batches since the last removal
+
+Scores of one convolution are divided by their mean over its living filters, so that no layer outweighs another by the
+scale of its weights. A unit's score is the mean over the convolutions that have a filter of it, times the number of
+those whose outputs are added (a depthwise one only passes a channel on): what is lost with all of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from utils.base.errors import UserError
+from utils.prune.plan import Layer, Plan
+
+SCORES = ("norm", "gamma", "taylor")
+
+
+class Scores:
+    """Scores of the filters of a plan's convolutions; `sums` {convolution: (filters,)} is what a mini-batch adds to.
+
+    Raises:
+        UserError: "gamma", and a convolution that no BatchNorm with weights follows.
+    """
+
+    def __init__(self, net: nn.Module, plan: Plan, kind: str):
+        self.net, self.plan, self.kind = net, plan, kind
+        self.sums: dict[str, Tensor] = {}
+        alone = [layer.name for layer in plan.convolutions if layer.norm is None]
+        if kind == "gamma" and alone:
+            raise UserError(
+                f"--prune_score gamma needs a BatchNorm right after every convolution and '{alone[0]}' has none; "
+                "use norm or taylor"
+            )
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Adds this mini-batch's Taylor estimates; needs its complete gradients. Nothing is read back to the host."""
+        if self.kind != "taylor":
+            return
+        products = []
+        for layer in self.plan.convolutions:
+            if layer.norm is None:
+                weight = self.net.get_submodule(layer.name).weight
+                products.append((weight * weight.grad).flatten(1).sum(1))
+            else:
+                norm = self.net.get_submodule(layer.norm)
+                products.append(norm.weight * norm.weight.grad + norm.bias * norm.bias.grad)
+        torch._foreach_abs_(products)
+        names = [layer.name for layer in self.plan.convolutions]
+        if self.sums:
+            torch._foreach_add_([self.sums[name] for name in names], products)
+        else:
+            self.sums = dict(zip(names, products, strict=True))
+
+    def cut(self, before: Tensor, after: Tensor) -> None:
+        """Follows a cut of the network, see utils.prune.shrink."""
+        for layer in self.plan.convolutions if self.sums else []:
+            own = self.sums[layer.name]
+            self.sums[layer.name] = own[after[layer.made[before[layer.made]]].to(own.device)]
+
+    @torch.no_grad()
+    def units(self, alive: Tensor, present: Tensor) -> Tensor:
+        """float64 (units,), on the CPU: the score of every living unit.
+
+        Args:
+            alive: bool per unit.
+            present: bool per unit: the channels that the network still has, whose filters its layers list.
+        """
+        vectors = [self._filters(layer, alive, present) for layer in self.plan.convolutions]
+        # The one moment at which the host waits for the device.
+        on_host = torch.cat(vectors).cpu().split([len(vector) for vector in vectors])
+        total, members, added = torch.zeros(3, len(alive), dtype=torch.float64)
+        for layer, scores in zip(self.plan.convolutions, on_host, strict=True):
+            units = layer.unit[present[layer.made]]
+            living = alive[units]
+            scores = scores[living] / scores[living].mean().clamp(min=torch.finfo(torch.float32).tiny)
+            total.index_add_(0, units[living], scores)
+            members[units[living]] += 1
+            added[units[living]] += float(layer.kind == "conv")
+        return total / members.clamp(min=1) * added.clamp(min=1)
+
+    def _filters(self, layer: Layer, alive: Tensor, present: Tensor) -> Tensor:
+        """float64: the scores of a convolution's filters."""
+        if self.kind == "taylor":
+            return self.sums[layer.name].double()
+        if self.kind == "gamma":
+            return self.net.get_submodule(layer.norm).weight.double().abs()
+        squares = self.net.get_submodule(layer.name).weight.square().flatten(2).sum(2).double()
+        if layer.kind == "conv":
+            # A removed channel's weights only decay: without them the masked network scores as the cut one.
+            squares = squares * alive[layer.read[present[layer.read]]].to(squares)
+        return squares.sum(1).sqrt()
