@@ -14,4 +14,4 @@ source "$root/utils/environment.sh"
 choose_python "$root/requirements.txt"
 # Paths on the command line, ./data and runs/ are relative to where the command is given.
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec "$PYTHON" -m utils.jobs.run_recipe "$@"
+exec "$PYTHON" -m utils.tables.recipe "$@"
