@@ -2,7 +2,7 @@
 
 python -m utils.compare_tables                             # prints the tables
 python -m utils.compare_tables runs/table --picture a.png  # and draws accuracy against multiply-adds
-python -m utils.compare_tables --update                    # renews results/README.md, its picture and the README's table
+python -m utils.compare_tables --update                    # renews results/README.md, picture, README's table
 """
 
 import sys

@@ -1,1 +1,1 @@
-"""Rows beside the papers': published figures, own runs, their comparison and report; recipes and grids of runs that fill them."""
+"""Own rows beside the papers': published figures, own runs, their comparison, and the commands that fill a table."""

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import re
-from fnmatch import fnmatch
 
 from utils.base.errors import UserError
-from utils.train.options import recipe_settings
+from utils.train.options import ALL
 
-NAMES = {
-    "-a": "arch",
-    "-b": "batch_size",
-    "-e": "evaluate",
-    "-h": "help",
-    "seed": "manualSeed",
-    "save_dir": "save_path",
-}
+NAMES = {flag.lstrip("-"): option.name for option in ALL.values() for flag in option.flags} | {"a": "arch", "h": "help"}
 
 
 class CommandLine(dict):
-    """{option: its words}, and `words` before the first option. Names are long: `-b 8` is {"batch_size": ["8"]}.
+    """{option: its words}, and `words` before the first option. `-b 8` and `--batch-size=8` are {"batch_size": ["8"]}.
 
     Raises:
         UserError: a word among the options is no value of one. It may be DATA, which is recognised before them only.
@@ -32,20 +24,21 @@ class CommandLine(dict):
         for word in words:
             if re.match(r"--?[A-Za-z]", word):
                 name, equals, value = word.partition("=")
-                name = name[2:].replace("-", "_") if name.startswith("--") else name
+                name = name.lstrip("-").replace("-", "_")
                 values = self[NAMES.get(name, name)] = [value] if equals else []
             else:
                 values.append(word)
-        usual = recipe_settings("prune", "cifar10")
-        for name in self.keys() & usual.keys():
-            most = 0 if usual[name] is False else 1
-            if len(self[name]) > most and not isinstance(usual[name], list):
-                raise UserError(f"'{self[name][most]}' after --{name} is no value of it; DATA stands before the flags")
+        for option in [ALL[name] for name in self if name in ALL]:
+            most = None if option.many else 0 if option.type is None else 1
+            for word in self[option.name][most:] if most is not None else []:
+                raise UserError(f"'{word}' after --{option.name} is no value of it; DATA stands before the flags")
 
     def value(self, name: str, default: str = "") -> str:
         return next(iter(self.get(name, [])), default)
 
     def flags(self, *left_out: str) -> list[str]:
-        """The options as words again, less those of some names or patterns (kd_*)."""
-        kept = {name: values for name, values in self.items() if not any(fnmatch(name, p) for p in left_out)}
-        return [w for n, v in kept.items() for w in (n if n.startswith("-") else f"--{n}", *v)]
+        """The options as words again, less some."""
+        return [w for name, values in self.items() if name not in left_out for w in (f"--{name}", *values)]
+
+    def only(self, *names: str) -> list[str]:
+        return self.flags(*self.keys() - {*names})

@@ -15,12 +15,11 @@ from utils.small.counts import multiply_adds, papers_cut
 
 @dataclass(frozen=True)
 class Costs:
-    """Multiply-adds of one image, None where they are not known: of the unpruned network of this name, of the network that is left, and
-    the share that soft filter pruning's formula says is saved (CIFAR ResNets only)."""
+    """Multiply-adds of one image, None where they are not known."""
 
-    full: int | None = None
-    left: int | None = None
-    formula_cut: float | None = None
+    full: int | None  # of the unpruned network of this name
+    left: int | None  # of the network that is left
+    formula_cut: float | None  # share saved by soft filter pruning's formula; CIFAR ResNets only
 
     @property
     def cut(self) -> float | None:
@@ -51,10 +50,10 @@ def run_costs(folder: Path, results: dict, *, pruned: float | None, small: bool)
 
 
 def papers_cut_by_layer(filters: list[dict] | None) -> float | None:
-    """The papers' way of counting (see papers_cut) where layers keep different shares; None without the unpruned shapes.
+    """The papers' way of counting (papers_cut) where layers keep different shares; None without unpruned shapes.
 
-    A block's second convolution reads the kept filters of its first, the very first block those of the stem; all others read the full
-    residual stream.
+    A block's second convolution reads the kept filters of its first, the very first block those of the stem; all others
+    read the full residual stream.
 
     Args:
         filters: of results.json, in order: name, shape (out, in, height, width) of the unpruned weight, number kept.

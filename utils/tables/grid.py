@@ -3,9 +3,10 @@
     bash run_cifar.sh table --nets resnet20 --rates 0.3 --methods baseline prune prune_distill --seeds 1 2 3
     bash run_cifar.sh table DATA --epochs 10 --seeds 1 --methods prune scratch_epochs scratch_cost --dry_run
 
-Teachers, and the networks that controls need, are trained first. --epochs scales the learning-rate schedule, which all rows then share.
-Repeat the command to continue: what is done is skipped, what was begun continues. Other flags are those of cifar10_resnet_test.py
-and hold for every row that they concern. Every run has a folder of its own in --save_path; their comparison ends the table.
+Teachers, and the networks that controls need, are trained first. --epochs scales the learning-rate schedule, which all
+rows then share. Repeat the command to continue: what is done is skipped, what was begun continues. Other flags are
+those of cifar10_resnet_test.py and hold for every row that they concern. Every run has its own folder in --save_path.
+Their comparison ends the table.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from utils.train.options import OneLineParser, recipe_settings
 from utils.train.recipes import fit_schedule
 from utils.train.run_folder import RUNS
 
-# The flags of each; {teacher}: who teaches; {small}: the small network of the `prune` row of the same rate and seed, with that row's
-# mini-batches; {cost}: as many epochs as cost what that row cost.
+# The flags of each. {small}: the small network of the `prune` row of the same rate and seed, with its mini-batches;
+# {cost}: in as many epochs as cost the multiply-adds that that row cost.
 METHODS = {
     "baseline": "--recipe baseline",
     "prune": "--recipe prune {rate}",
@@ -46,7 +47,7 @@ TEACHERS |= {"vgg11_bn": "vgg13_bn", "vgg13_bn": "vgg16_bn", "vgg16_bn": "vgg19_
 SET_HERE = {"arch", "arch_small", "recipe", "HTrate", "prune_rate", "manualSeed", "resume", "evaluate", "widths_of"}
 # Flags that go to some of the rows only.
 GROWTH = ("k", "growth", "max_batch_size", "no_restart")
-OF_PRUNED, OF_TAUGHT = ("v", "norm"), ("loss", "kd_*", "share_classifier")
+OF_PRUNED, OF_TAUGHT = ("v", "norm"), ("kd", "loss", "ce_weight", "share_classifier")
 LENGTH = ("epochs", "schedule", "gammas", "fit_schedule")
 
 
@@ -83,7 +84,7 @@ def fill(line: CommandLine) -> None:
 
 
 def distil_and_compare(line: CommandLine, recipe: str) -> None:
-    """The recipes with a teacher: its own run, the student with it, and the same student for as many epochs without it."""
+    """The recipes with a teacher: its run, the student with it, and the same student in as many epochs without it."""
     if line.keys() & {"resume", "evaluate"}:
         raise UserError(f"{recipe} makes several runs, which continue when the command is repeated; leave out --resume")
     kept = float(line.value("HTrate") or recipe_settings("prune_distill", "cifar10")["HTrate"])
@@ -112,7 +113,7 @@ def make_plan(line: CommandLine, args: argparse.Namespace, length_of: str | None
     Args:
         line: for the training script, less what the table sets itself.
         args: of the table's parser.
-        length_of: the recipe whose epochs and schedule, as far as `line` does not give them, all rows of args.nets have.
+        length_of: the recipe whose epochs and schedule all rows of args.nets have where `line` does not give them.
 
     Raises:
         UserError: a network is not known, or has no usual teacher.
@@ -125,11 +126,11 @@ def make_plan(line: CommandLine, args: argparse.Namespace, length_of: str | None
 
     def add(name: str, arch: str, rate: float, seed: int) -> Path:
         words, needs = METHODS[name].split(), ()
-        taught, pruned, small = ("{%s}" % part in words for part in ("teacher", "rate", "small"))
+        taught, pruned, small = (part in words for part in ("{teacher}", "{rate}", "{small}"))
         teaches = given_teacher or args.teacher_net or TEACHERS.get(arch)
         if taught and teaches is None:
             raise UserError(f"no usual teacher for {arch}; name one with --teacher_net or --teacher")
-        length = line.flags(*line.keys() - {*LENGTH})
+        length = line.only(*LENGTH)
         if length_of:
             length = length_flags(line, words[1], length_of if arch in args.nets else "baseline")
         epochs = CommandLine(length).value("epochs")
@@ -163,13 +164,13 @@ def make_plan(line: CommandLine, args: argparse.Namespace, length_of: str | None
 
 
 def length_flags(line: CommandLine, recipe: str, length_of: str) -> list[str]:
-    """Epochs and milestones of a row: the command line's, for the rest those of the recipe `length_of`, scaled to the epochs."""
+    """Epochs and milestones of a row: the command line's, for the rest those of a recipe, scaled to the epochs."""
     usual = recipe_settings(length_of, line.value("dataset", "cifar10"))
     epochs = int(line.value("epochs") or usual["epochs"])
-    if recipe_settings(recipe, "cifar10").get("lr_schedule") == "cosine":
+    if recipe_settings(recipe, "cifar10")["lr_schedule"] == "cosine":
         return ["--epochs", str(epochs)]
     flags = scaled(usual["schedule"], usual["gammas"], usual["epochs"], epochs)
-    return [*flags, *line.flags(*line.keys() - {"schedule", "gammas"})]
+    return [*flags, *line.only("schedule", "gammas")]
 
 
 def equal_cost_flags(pruned: Path) -> list[str]:

@@ -13,8 +13,8 @@ from utils.tables.runs import Group
 def draw_accuracy(groups: list[Group], published: list[Published], path: Path) -> bool:
     """Writes a PNG with a panel per network for full-length runs beside the published rows, and one for shorter runs.
 
-    Published rows stand at the multiply-adds that their cut leaves of the network here, own ones at those counted in the network that is
-    left. Bars: published, standard deviation; own, 95 % interval. Returns whether there was anything to draw.
+    Published rows stand at the multiply-adds that their cut leaves of the network here, own ones at those counted.
+    Bars: published, standard deviation; own, 95 % interval. Returns whether there was anything to draw.
     """
     panels: dict[str, list[tuple]] = {}  # title: (millions of multiply-adds, accuracy, bar, label, own)
     for group in sorted(groups, key=lambda group: -group.mean):
@@ -22,7 +22,7 @@ def draw_accuracy(groups: list[Group], published: list[Published], path: Path) -
         if None in (costs.left, costs.full):
             continue
         title = "{arch} on {dataset}".format(**run.results)
-        if run.remark or run.is_small:
+        if not group.may_stand_beside_published:
             title += ": shorter runs and controls, not comparable with published figures"
         elif title not in panels:
             like = run.results["dataset"], run.results["arch"]

@@ -1,7 +1,8 @@
-"""What run_cifar.sh does once it has a Python: `python -m utils.tables.recipe [RECIPE] [DATA] [flags of cifar10_resnet_test.py]`.
+"""What run_cifar.sh does: `python -m utils.tables.recipe [RECIPE] [DATA] [flags of cifar10_resnet_test.py]`.
 
-Adds to the training script what a newcomer expects of one command: data that is found, downloaded or (loudly) replaced, a short run
-on a machine without a GPU, a run that continues where it was interrupted, and the runs that a distilled one is compared with.
+Adds to the training script what a newcomer expects of one command: data that is found, downloaded or (loudly) replaced,
+a short run on a machine without a GPU, a run that continues where it was interrupted, and the runs that a distilled one
+is compared with.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from utils.tables.command_line import CommandLine
 from utils.tables.grid import distil_and_compare, fill
 from utils.tables.side_by_side import TRAIN
 from utils.train.options import recipe_settings
+from utils.train.recipes import RECIPES
 
-RECIPES = ("baseline", "prune", "distill", "prune_distill", "finetune", "prune_gradual")
 SHORT_EPOCHS = 5
 
 
@@ -38,13 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     elif recipe in ("distill", "prune_distill"):
         distil_and_compare(line, recipe)
     else:
-        flags = [
-            *line.words,
-            *line.flags("recipe"),
-            "--recipe",
-            recipe,
-            *([] if "resume" in line else ["--resume", "auto"]),
-        ]
+        flags = [*line.words, *line.flags("recipe"), "--recipe", recipe]
+        flags += [] if "resume" in line else ["--resume", "auto"]
         print(f"== python cifar10_resnet_test.py {shlex.join(flags)}", flush=True)
         os.execv(TRAIN[0], [*TRAIN, *flags])
 
@@ -67,15 +63,16 @@ def choose_data(line: CommandLine) -> None:
 
 def shorten(line: CommandLine, recipe: str) -> None:
     """Shortens the run on a machine without a GPU, where the command line leaves its length open."""
-    if (torch.cuda.is_available() and line.value("ngpu") != "0") or line.keys() & {"epochs", "evaluate", "resume"}:
+    on_gpu = torch.cuda.is_available() and line.value("ngpu") != "0"
+    if on_gpu or line.keys() & {"epochs", "evaluate", "resume"}:
         return
     usual = recipe_settings(recipe, "cifar10")
     print(
-        f"note: NO GPU, SO THIS IS A SHORT RUN of {SHORT_EPOCHS} epochs, about 15 minutes for ResNet-20 on 2 CPU cores;"
+        f"note: NO GPU, SO THIS IS A SHORT RUN of {SHORT_EPOCHS} epochs, some 15 minutes for ResNet-20 on 2 CPU cores;"
     )
     print(f"the full recipe takes {usual['epochs']} epochs, to get it add --epochs {usual['epochs']}", flush=True)
     line["epochs"] = [str(SHORT_EPOCHS)]
-    if usual.get("lr_schedule") != "cosine" and "schedule" not in line:
+    if usual["lr_schedule"] == "steps" and "schedule" not in line:
         line["fit_schedule"] = []
 
 

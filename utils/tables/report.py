@@ -21,12 +21,12 @@ BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 README_ROWS = 8
 NONE_YET = "No run of full length yet, so nothing here may be set beside a published figure."
 LEGEND = """\
-Top-1 accuracy in % on the test images. Own figures: last epoch, mean over seeds ± half the 95 % interval (variance over seeds plus that of
-the finite test set; one seed has none); in brackets the best epoch on the test set, which this line of papers prints. Published: rows of the
-same network that began as the run did and removed the same share of the filters or, where that differs from layer to layer, cut
-multiply-adds within 8 points; † needs care, see `results/published.csv`. Difference: own last epoch less published.
-Multiply-adds of convolutions and linear layers for one image: counted in the small network that is left, and by soft filter pruning's
-formula. Minutes are the whole run's; runs at one time slow each other down.
+Top-1 accuracy in % on the test images. Own figures: last epoch, mean over seeds ± half the 95 % interval (variance over
+seeds plus that of the finite test set; one seed has none); in brackets the best epoch on the test set, which this line
+of papers prints. Published: rows of the same network that began as the run did and removed the same share of filters
+or, where that differs from layer to layer, cut multiply-adds within 8 points; † needs care, see `published.csv`.
+Difference: own last epoch less published. Multiply-adds of convolutions and linear layers for one image: counted in the
+small network that is left, and by soft filter pruning's formula. Minutes are the whole run's.
 """
 README = ("row", "epochs", "started from", "last epoch (best)", "multiply-adds, counted", "published", "difference")
 SHORT = ("row", "epochs", "started from", "teacher", "last epoch (best)", "less own unpruned", "multiply-adds, counted")
@@ -74,7 +74,7 @@ def make_report(groups: list[Group], notes: list[str], *, base: Path, by_hand: s
         by_hand: text that follows the first table.
         picture: the picture's file, "" for none.
     """
-    full = [group for group in groups if not group.first.remark and not group.first.is_small]
+    full = [group for group in groups if group.may_stand_beside_published]
     parts = ["# Results", "Written by `python -m utils.compare_tables --update`."]
     parts += [table(MAIN, [row_cells(group, groups, base) for group in full]) if full else NONE_YET, LEGEND, by_hand]
     others = [group for group in groups if group not in full]
@@ -93,8 +93,8 @@ def make_report(groups: list[Group], notes: list[str], *, base: Path, by_hand: s
 
 
 def readme_block(groups: list[Group]) -> str:
-    """The README's table, with the markers around it: the first full-length rows, or, while there are none, shorter ones."""
-    full = [group for group in groups if not group.first.remark and not group.first.is_small]
+    """The README's table with its markers: the first full-length rows, or, while there are none, shorter ones."""
+    full = [group for group in groups if group.may_stand_beside_published]
     rows = table(README, [row_cells(group, groups, ROOT) for group in (full or groups)[:README_ROWS]])
     more = "All rows, with logs, and what the columns are: [results/README.md](results/README.md)."
     return "\n\n".join([BEGIN, *([] if full else [NONE_YET]), rows, more, END])
@@ -112,7 +112,7 @@ def replace_block(text: str, block: str) -> str:
 
 
 def update(root: Path = ROOT) -> list[Path]:
-    """Renews what is generated from results/: results/README.md with results/notes.md in it, results/accuracy.png, README.md's block."""
+    """Renews results/README.md, with results/notes.md in it, results/accuracy.png and the block in README.md."""
     folder, readme, picture = root / "results", root / "README.md", root / "results" / "accuracy.png"
     groups, notes = find_runs([folder])
     text = replace_block(readme.read_text(encoding="utf-8"), readme_block(groups))

@@ -1,4 +1,4 @@
-"""Own results: every results.json under some folders, what kind of run it is, and the runs that differ by their seed only.
+"""Own results: every results.json under some folders, what kind of run it is, and groups that differ by seed only.
 
 What a run is follows from its settings, never from the names of folders.
 """
@@ -6,7 +6,6 @@ What a run is follows from its settings, never from the names of folders.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,12 +14,12 @@ from pathlib import Path
 from utils.tables.costs import Costs, run_costs
 from utils.tables.statistics import half_width
 from utils.train.options import identity, phrase, recipe_settings
-from utils.train.recipes import fit_schedule
+from utils.train.recipes import fit_schedule, recipes_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # Training and test images that the published figures stand on.
 FULL_SIZES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "imagenet": (1_281_167, 50_000)}
-# A run that began with a trained network may stand beside published ones that did from so many epochs on; those have 40 to 200.
+# Epochs from which on a run that began with a trained network may stand beside published ones that did.
 EPOCHS_FROM_TRAINED = 40
 # Options with a column of their own, or part of the method's name; files, of which the content counts.
 OWN_COLUMN = {"recipe", "dataset", "arch", "arch_small", "student", "epochs", "HTrate", "prune_rate", "macs_cut", "v"}
@@ -29,12 +28,6 @@ FILES = {"teacher", "widths_of", "started_from", "resume", "use_pretrain"}
 
 class Damaged(Exception):
     """A results.json that cannot be used, and why."""
-
-
-def show_path(path: Path) -> str:
-    """A path relative to the project where it is inside, else as it is."""
-    absolute = path.resolve()
-    return absolute.relative_to(ROOT).as_posix() if absolute.is_relative_to(ROOT) else path.as_posix()
 
 
 @dataclass(frozen=True)
@@ -69,16 +62,17 @@ class Run:
         return None if self.is_small or self.is_gradual else 100 * (self.results.get("prune_rate") or 0.0)
 
     @property
-    def init(self) -> str:
-        """scratch, or pretrained: the run began with the weights of another one."""
-        return "scratch" if self.started_from == "random weights" else "pretrained"
+    def started_from(self) -> str:
+        """random weights, or the file of another network."""
+        file = self.settings.get("started_from") or self.settings.get("use_pretrain")
+        if isinstance(file, str):
+            return f"trained {Path(file).name}"
+        return "trained weights" if file or self.results["recipe"] == "finetune" else "random weights"
 
     @property
-    def started_from(self) -> str:
-        file = self.settings.get("started_from") or self.settings.get("use_pretrain")
-        if not file and self.results["recipe"] != "finetune":
-            return "random weights"
-        return f"trained {Path(file).name}" if isinstance(file, str) else "trained weights"
+    def init(self) -> str:
+        """scratch or pretrained, as published rows have it."""
+        return "scratch" if self.started_from == "random weights" else "pretrained"
 
     @property
     def teacher(self) -> str:
@@ -99,30 +93,30 @@ class Run:
     @property
     def data_remark(self) -> str:
         """Why a run's images are not those of published figures; "" where they are."""
-        if self.results.get("synthetic_data", self.results["dataset"] == "synthetic"):
+        dataset = self.results["dataset"]
+        if self.results.get("synthetic_data", dataset == "synthetic"):
             return "SYNTHETIC DATA"
-        usual = FULL_SIZES.get(self.results["dataset"])
-        if usual is None:
-            return "own data"
+        usual = None in self.images or self.images == FULL_SIZES.get(dataset, self.images)
         return (
-            "" if None in self.images or self.images == usual else "{} training and {} test images".format(*self.images)
+            "own data"
+            if dataset not in FULL_SIZES
+            else ""
+            if usual
+            else "{} training, {} test images".format(*self.images)
         )
 
     @property
     def remark(self) -> str:
         """Why a run's accuracy must not be set beside published ones; "" where it may."""
-        recipes = {self.results["recipe"], "baseline"}
-        full = max(recipe_settings(recipe, self.results["dataset"])["epochs"] for recipe in recipes)
+        full = max(recipe_settings(r, self.results["dataset"])["epochs"] for r in (self.results["recipe"], "baseline"))
         full = full if self.init == "scratch" else min(full, EPOCHS_FROM_TRAINED)
         return self.data_remark or (f"{self.epochs} epochs instead of {full}" if self.epochs < full else "")
 
     @property
     def method(self) -> str:
         """AHSG-HT without its heavy ball (v = 0) is the paper's HSG-HT."""
-        if self.is_small:
-            name = "small network from scratch"
-        elif self.is_gradual:
-            name = "gradual"
+        if self.is_small or self.is_gradual:
+            name = "small network from scratch" if self.is_small else "gradual"
         elif self.pruned:
             name = "AHSG-HT" if self.settings["v"] else "HSG-HT"
         else:
@@ -132,15 +126,17 @@ class Run:
 
     @cached_property
     def small_of(self) -> str:
-        """The pruned run whose small network this one trains: as it noted, else by the results.json beside the file; "" for others."""
+        """The pruned run whose small network this one trains: as it noted, else as its results.json says; or ""."""
         file = self.settings.get("widths_of")
         return (self.results.get("widths_from") or describe_source(file) or "unknown") if file else ""
 
     @cached_property
     def name(self) -> str:
-        """Network, method, rate, and in what the recipe differs from that of its name, number format and processes included."""
-        usual = recipe_settings(self.results["recipe"], self.results["dataset"])
-        for recipe in (usual, recipe_settings("baseline", self.results["dataset"])):
+        """Network, method, rate, in what the recipe differs from that of its name, number format and processes."""
+        dataset, recipe = self.results["dataset"], self.results["recipe"]
+        usual = recipe_settings(recipe, dataset)
+        usual |= recipes_of(dataset)[recipe].get("trained", {}) if self.init == "pretrained" else {}
+        for recipe in (usual, recipe_settings("baseline", dataset)):
             # A shortened run follows the milestones of its own recipe or, in a table of several, the baseline's.
             fitted = fit_schedule(recipe["schedule"], self.settings["epochs"], recipe["epochs"])
             if (self.settings["schedule"], self.settings["gammas"]) == (fitted, recipe["gammas"]):
@@ -168,7 +164,7 @@ class Run:
 
     @property
     def speed_up(self) -> str:
-        """Speed of the small network over the full one, from the latency file beside: the largest mini-batch of each device."""
+        """Speed of the small network over the full one in the largest mini-batch, from the latency files beside."""
         found: dict[str, tuple[int, float]] = {}
         for file in self.folder.glob("latency.*.json"):
             for timing in json.loads(file.read_text())["timings"]:
@@ -181,6 +177,7 @@ class Run:
         """Time and machine."""
         machine = self.results.get("machine", {})
         where = machine.get("gpu") or f"{machine.get('threads', '?')} of {machine.get('cpu_cores', '?')} CPU cores"
+        where += f", in {self.results['pieces']} pieces" if self.results.get("pieces", 1) > 1 else ""
         return f"{self.results['seconds'] / 60:.0f}, {where}" if "seconds" in self.results else ""
 
 
@@ -201,24 +198,39 @@ class Group(list):
         return sum(self.last.values()) / len(self)
 
     @property
-    def half_width(self) -> float | None:
-        return half_width(list(self.last.values()), self.test_images)
-
-    @property
     def test_images(self) -> int:
         return self.first.images[1] or FULL_SIZES["cifar10"][1]
 
     @property
+    def half_width(self) -> float | None:
+        return half_width(list(self.last.values()), self.test_images)
+
+    @property
     def kind(self) -> dict:
         """What two groups share whose accuracies may be compared."""
-        run, names = self.first, ("dataset", "arch")
-        return {n: run.results[n] for n in names} | {"images": run.images, "init": run.init, "epochs": run.epochs}
+        run, shared = self.first, ("dataset", "arch")
+        return {n: run.results[n] for n in shared} | {n: getattr(run, n) for n in ("images", "init", "epochs")}
+
+    @property
+    def title(self) -> str:
+        """The same in words."""
+        return "{arch} on {dataset}, {epochs} epochs, {init}".format(**self.kind) + self.first.data_remark
+
+    @property
+    def may_stand_beside_published(self) -> bool:
+        return not self.first.remark and not self.first.is_small
 
     def accuracy(self) -> str:
         """Mean of the last epochs, with interval and seeds; in brackets that of the best epochs."""
         best = sum(run.results["best_epoch_accuracy"] for run in self) / len(self)
         seeds = "one seed" if len(self) == 1 else f"± {self.half_width:.2f}, {len(self)} seeds"
         return f"{self.mean:.2f} {seeds} ({best:.2f})"
+
+
+def show_path(path: Path) -> str:
+    """A path relative to the project where it is inside, else as it is."""
+    absolute = path.resolve()
+    return absolute.relative_to(ROOT).as_posix() if absolute.is_relative_to(ROOT) else path.as_posix()
 
 
 def read_run(file: Path) -> Run:
@@ -238,28 +250,23 @@ def read_run(file: Path) -> Run:
 
 
 def find_runs(folders: Iterable[Path]) -> tuple[list[Group], list[str]]:
-    """Groups of the finished runs under some folders, each run once; and a note per results.json that is not among them."""
-    files = {
-        (Path(path) / "results.json").resolve()
-        for top in folders
-        for path, _, names in os.walk(top)
-        if "results.json" in names
-    }
+    """Groups of the finished runs under some folders; and a note per results.json that is not among them."""
     groups, notes = {}, []
-    for file in sorted(files):
+    for file in sorted({file.resolve() for folder in folders for file in folder.rglob("results.json")}):
+        where = show_path(file.parent)
         try:
             run = read_run(file)
         except Damaged as error:
-            notes.append(f"{show_path(file)} is damaged and passed over: {error}")
+            notes.append(f"{where} is damaged and passed over: {error}")
             continue
-        results, where, group = run.results, show_path(file.parent), groups.get(run.key, Group())
+        results, group = run.results, groups.get(run.key, Group())
         if not results["finished"]:
             notes.append(
                 f"{where}: {run.name} is not finished, {results['epochs_done']} of {run.settings['epochs']} epochs"
             )
         elif results["seed"] in group.last:
             notes.append(
-                f"{where} ({results['last_epoch_accuracy']:.2f} %) repeats seed {results['seed']} and is passed over"
+                f"{where} repeats seed {results['seed']} ({results['last_epoch_accuracy']:.2f} %), passed over"
             )
         else:
             groups[run.key] = Group(sorted([*group, run], key=lambda run: run.results["seed"]))
@@ -272,7 +279,7 @@ def find_runs(folders: Iterable[Path]) -> tuple[list[Group], list[str]]:
 
 
 def describe_source(small_file: str) -> str | None:
-    """What the small network in a file was cut out of ("AHSG-HT 30 %"), from the results.json beside it; None where there is none."""
+    """What the small network in a file was cut out of ("AHSG-HT 30 %"), by the results.json beside it, or None."""
     for path in (Path(small_file), ROOT / small_file):
         try:
             run = read_run(path.parent / "results.json")

@@ -1,4 +1,4 @@
-"""Runs of the training script as processes: what needs another comes after it, several at a time, each with its own GPU."""
+"""Runs of the training script as processes: one after another that it needs, several at a time, each on its own GPU."""
 
 from __future__ import annotations
 
@@ -27,13 +27,12 @@ STOP_SECONDS = 60
 
 @dataclass(frozen=True)
 class Row:
-    """A run: its folder, its flags less --save_path and --resume, the folders of runs that must be done before it, and a function
-    that gives flags that depend on their results."""
+    """A run of a table."""
 
     folder: Path
-    flags: tuple[str, ...]
-    needs: tuple[Path, ...] = ()
-    more_flags: Callable[[], Sequence[str]] = tuple
+    flags: tuple[str, ...]  # less --save_path and --resume
+    needs: tuple[Path, ...] = ()  # folders of runs that must be done before
+    more_flags: Callable[[], Sequence[str]] = tuple  # flags that depend on their results
 
     def command(self) -> list[str]:
         return [*self.flags, *self.more_flags(), "--save_path", str(self.folder), "--resume", "auto"]
@@ -48,7 +47,7 @@ class Row:
 
 
 def run_rows(rows: list[Row], jobs: int = 1, train: Sequence[str] = TRAIN) -> dict[Path, str]:
-    """Runs every row that is not done, at most `jobs` at a time; a row that fails does not stop those that do not need it.
+    """Runs every row that is not done, at most `jobs` at a time; after a failure what does not need that row goes on.
 
     Returns:
         {folder: why} of the rows that failed.
@@ -89,7 +88,7 @@ def run_rows(rows: list[Row], jobs: int = 1, train: Sequence[str] = TRAIN) -> di
 
 
 def start(row: Row, slot: int, jobs: int, train: Sequence[str]) -> subprocess.Popen:
-    """Starts a row. Of several at a time each has its share of the CPU's threads, the GPU of its slot, and a file for its output."""
+    """Starts a row; of several each gets a share of the CPU's threads, the GPU of its slot and an output file."""
     say(f"begins: python {shlex.join([Path(train[1]).name, *row.command()])}")
     row.folder.mkdir(parents=True, exist_ok=True)
     if jobs == 1:

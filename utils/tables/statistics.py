@@ -11,14 +11,14 @@ CONFIDENCE = 0.95
 
 
 def half_width(values: Sequence[float], images: int) -> float | None:
-    """Half the width of the interval of a mean over seeds; None for one seed, which has no interval over seeds."""
+    """Half the width of the interval of a mean over seeds; None for one seed."""
     return None if len(values) < 2 else _half_width(_over_seeds(values), _of_test_set(values, images))
 
 
 def half_width_of_difference(a: dict[int, float], b: dict[int, float], images: int) -> float | None:
-    """Half the width of the interval of mean(a) - mean(b); None where either has one seed, as no order follows from that.
+    """Half the width of the interval of mean(a) - mean(b); None where either has one seed.
 
-    Runs of the same seeds are paired: the variance over seeds is that of their differences. Otherwise the two variances add
+    Runs of the same seeds are paired: the variance over seeds is that of their differences. Otherwise the variances add
     (Welch, Biometrika 1947). The test-set parts add as if the networks erred independently, which is an upper bound.
 
     Args:
