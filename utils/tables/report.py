@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from itertools import groupby
@@ -81,12 +80,8 @@ def make_report(groups: list[Group], notes: list[str], *, base: Path, by_hand: s
     parts += ["## Shorter runs and controls", "To be compared with each other at equal epochs only."] if others else []
     for (dataset, arch), section in groupby(others, lambda group: (group.kind["dataset"], group.kind["arch"])):
         parts += [f"### {arch} on {dataset}", table(SHORT, [row_cells(group, groups, base) for group in section])]
-    runs = [run.results.get("command", "") for group in groups for run in group]
-    for title, lines in (
-        ("Order", order(groups)),
-        ("Commands", [f"`{c}`" for c in runs if c]),
-        ("Not in the tables", notes),
-    ):
+    commands = [f"`{run.results['command']}`" for group in groups for run in group if "command" in run.results]
+    for title, lines in (("Order", order(groups)), ("Commands", commands), ("Not in the tables", notes)):
         parts += [f"## {title}", "\n".join(f"- {line}" for line in lines)] if lines else []
     parts += ["## Accuracy against multiply-adds", f"![accuracy against multiply-adds]({picture})"] if picture else []
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
@@ -126,16 +121,10 @@ def update(root: Path = ROOT) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "folders", nargs="*", metavar="FOLDER", help="where results.json are, at any depth (results runs)"
-    )
+    parser = OneLineParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("folders", nargs="*", metavar="FOLDER", help="holds results.json at any depth (results runs)")
     parser.add_argument("--picture", metavar="PNG", help="also draws accuracy against multiply-adds into this file")
-    parser.add_argument(
-        "--update", action="store_true", help="renews results/README.md, its picture and README.md's table"
-    )
+    parser.add_argument("--update", action="store_true", help="renews results/README.md, picture, README.md's table")
     args = parser.parse_args(argv)
     if args.update and (args.folders or args.picture):
         raise UserError("--update works on the project's own results/; leave folders and --picture out")

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
-from utils.tables.costs import Costs, run_costs
+from utils.tables.costs import run_costs
 from utils.tables.statistics import half_width
 from utils.train.options import identity, phrase, recipe_settings
 from utils.train.recipes import fit_schedule, recipes_of
@@ -30,90 +28,69 @@ class Damaged(Exception):
     """A results.json that cannot be used, and why."""
 
 
-@dataclass(frozen=True)
 class Run:
-    """A finished or running run: its folder and the content of its results.json."""
+    """A run: its folder, the content of its results.json, and what that means for the tables.
 
-    folder: Path
-    results: dict
+    Attributes:
+        settings: options that are newer than its results.json have the value of its recipe.
+        epochs: those that were run here; a resumed checkpoint of others may have more behind it.
+        images: numbers of training and test images.
+        arithmetic: number format, and number of processes where there are several.
+        teacher: network and accuracy of the teacher, "" without one.
+        started_from: random weights, or the file of another network; init: scratch or pretrained, as in published rows.
+        is_small: it trained a small network from scratch; small_of: what that was cut out of, "" for other runs.
+        is_gradual: pruned by the recipe prune_gradual.
+        pruned: share of the filters removed from every layer in %; None where there is no one share.
+        data_remark: why the images are not those of published figures, "" where they are.
+        remark: why the accuracy must not be set beside published ones, "" where it may.
+        name: network, method, rate, and in what the recipe differs from that of its name.
+        key: what runs share that differ by their seed only.
+    """
 
-    @cached_property
-    def settings(self) -> dict:
-        """Its settings; options that are newer than its results.json have the value of its recipe."""
-        return {**recipe_settings(self.results["recipe"], self.results["dataset"]), **self.results["settings"]}
+    def __init__(self, folder: Path, results: dict):
+        self.folder, self.results = folder, results
+        dataset, recipe, arch = (results[name] for name in ("dataset", "recipe", "arch"))
+        usual, baseline = recipe_settings(recipe, dataset), recipe_settings("baseline", dataset)
+        self.settings = settings = {**usual, **results["settings"]}
+        self.epochs = results.get("epochs_run_here", results["epochs_done"])
+        self.images = results.get("train_images"), results.get("test_images")
+        processes = results.get("processes", 1)
+        self.arithmetic = results.get("arithmetic", "float32") + (f", {processes} processes" if processes > 1 else "")
+        teacher = results.get("teacher", {}) if settings.get("teacher") else {}
+        self.teacher = f"{teacher['arch']} of {teacher['accuracy']:.2f} %" if teacher else ""
+        file = settings.get("started_from") or settings.get("use_pretrain")
+        trained = f"trained {Path(file).name}" if isinstance(file, str) else "trained weights"
+        self.init = "pretrained" if file or recipe == "finetune" else "scratch"
+        self.started_from = trained if self.init == "pretrained" else "random weights"
+        file = settings.get("widths_of")
+        self.is_small, self.is_gradual = bool(file), recipe == "prune_gradual"
+        self.small_of = (results.get("widths_from") or describe_source(file) or "unknown") if file else ""
+        one_share = not self.is_small and not self.is_gradual
+        self.pruned = 100 * (results.get("prune_rate") or 0.0) if one_share else None
+        self.costs = run_costs(folder, results, pruned=self.pruned, small=self.is_small)
+        self.data_remark = self._data_remark()
+        full = max(usual["epochs"], baseline["epochs"])
+        full = min(full, EPOCHS_FROM_TRAINED) if self.init == "pretrained" else full
+        self.remark = self.data_remark or (f"{self.epochs} epochs instead of {full}" if self.epochs < full else "")
+        self.method = self._method()
+        of_trained = recipes_of(dataset)[recipe].get("trained", {}) if self.init == "pretrained" else {}
+        special = self._special({**usual, **of_trained}, baseline)
+        rate = f" {self.pruned:g} %" if self.pruned else ""
+        self.name = ", ".join([f"{arch} {self.method}{rate}", *special])
+        options = {name: value for name, value in identity(settings).items() if name not in FILES}
+        own = [dataset, recipe, arch, teacher.get("arch"), teacher.get("sha256"), self.small_of, self.epochs]
+        self.key = json.dumps([options, own, self.started_from, self.images, self.arithmetic], sort_keys=True)
+        self.speed_up, self.minutes = self._speed_up(), self._minutes()
 
-    @property
-    def epochs(self) -> int:
-        """Epochs that were run here: a resumed checkpoint of others may have more behind it."""
-        return self.results.get("epochs_run_here", self.results["epochs_done"])
-
-    @property
-    def is_small(self) -> bool:
-        """A small network that was trained from scratch."""
-        return bool(self.settings.get("widths_of"))
-
-    @property
-    def is_gradual(self) -> bool:
-        return self.results["recipe"] == "prune_gradual"
-
-    @property
-    def pruned(self) -> float | None:
-        """Share of the filters removed from every layer in %; None where there is no one share."""
-        return None if self.is_small or self.is_gradual else 100 * (self.results.get("prune_rate") or 0.0)
-
-    @property
-    def started_from(self) -> str:
-        """random weights, or the file of another network."""
-        file = self.settings.get("started_from") or self.settings.get("use_pretrain")
-        if isinstance(file, str):
-            return f"trained {Path(file).name}"
-        return "trained weights" if file or self.results["recipe"] == "finetune" else "random weights"
-
-    @property
-    def init(self) -> str:
-        """scratch or pretrained, as published rows have it."""
-        return "scratch" if self.started_from == "random weights" else "pretrained"
-
-    @property
-    def teacher(self) -> str:
-        """Network and accuracy of the teacher, "" without one."""
-        teacher = self.results.get("teacher") if self.settings.get("teacher") else None
-        return f"{teacher['arch']} of {teacher['accuracy']:.2f} %" if teacher else ""
-
-    @property
-    def arithmetic(self) -> str:
-        """Number format, and the number of processes where there are several."""
-        processes = self.results.get("processes", 1)
-        return self.results.get("arithmetic", "float32") + (f", {processes} processes" if processes > 1 else "")
-
-    @property
-    def images(self) -> tuple:
-        return self.results.get("train_images"), self.results.get("test_images")
-
-    @property
-    def data_remark(self) -> str:
-        """Why a run's images are not those of published figures; "" where they are."""
+    def _data_remark(self) -> str:
         dataset = self.results["dataset"]
         if self.results.get("synthetic_data", dataset == "synthetic"):
             return "SYNTHETIC DATA"
         usual = None in self.images or self.images == FULL_SIZES.get(dataset, self.images)
-        return (
-            "own data"
-            if dataset not in FULL_SIZES
-            else ""
-            if usual
-            else "{} training, {} test images".format(*self.images)
-        )
+        remark = "" if usual else "{} training, {} test images".format(*self.images)
+        return remark if dataset in FULL_SIZES else "own data"
 
-    @property
-    def remark(self) -> str:
-        """Why a run's accuracy must not be set beside published ones; "" where it may."""
-        full = max(recipe_settings(r, self.results["dataset"])["epochs"] for r in (self.results["recipe"], "baseline"))
-        full = full if self.init == "scratch" else min(full, EPOCHS_FROM_TRAINED)
-        return self.data_remark or (f"{self.epochs} epochs instead of {full}" if self.epochs < full else "")
-
-    @property
-    def method(self) -> str:
+    def _method(self) -> str:
         """AHSG-HT without its heavy ball (v = 0) is the paper's HSG-HT."""
         if self.is_small or self.is_gradual:
             name = "small network from scratch" if self.is_small else "gradual"
@@ -124,46 +101,20 @@ class Run:
         name = f"{name}+KD".removeprefix("+") if self.teacher else name
         return f"{name}, fine-tuned" if self.results["recipe"] == "finetune" else name
 
-    @cached_property
-    def small_of(self) -> str:
-        """The pruned run whose small network this one trains: as it noted, else as its results.json says; or ""."""
-        file = self.settings.get("widths_of")
-        return (self.results.get("widths_from") or describe_source(file) or "unknown") if file else ""
-
-    @cached_property
-    def name(self) -> str:
-        """Network, method, rate, in what the recipe differs from that of its name, number format and processes."""
-        dataset, recipe = self.results["dataset"], self.results["recipe"]
-        usual = recipe_settings(recipe, dataset)
-        usual |= recipes_of(dataset)[recipe].get("trained", {}) if self.init == "pretrained" else {}
-        for recipe in (usual, recipe_settings("baseline", dataset)):
+    def _special(self, usual: dict, baseline: dict) -> list[str]:
+        """In what the run differs from the usual settings of its recipe, in words."""
+        settings = self.settings
+        for recipe in (usual, baseline):
             # A shortened run follows the milestones of its own recipe or, in a table of several, the baseline's.
-            fitted = fit_schedule(recipe["schedule"], self.settings["epochs"], recipe["epochs"])
-            if (self.settings["schedule"], self.settings["gammas"]) == (fitted, recipe["gammas"]):
+            fitted = fit_schedule(recipe["schedule"], settings["epochs"], recipe["epochs"])
+            if (settings["schedule"], settings["gammas"]) == (fitted, recipe["gammas"]):
                 usual = {**usual, "schedule": fitted, "gammas": recipe["gammas"]}
-        special = {
-            n: v for n, v in identity(self.settings).items() if n not in OWN_COLUMN | FILES and v != usual.get(n)
-        }
-        parts = [f"{self.results['arch']} {self.method}{f' {self.pruned:g} %' if self.pruned else ''}"]
-        parts += [f"of {self.small_of}"] if self.small_of else []
-        parts += [phrase(name, value) for name, value in special.items()]
-        return ", ".join([*parts, *([] if self.arithmetic == "float32" else [self.arithmetic])])
+        special = {n: v for n, v in identity(settings).items() if n not in OWN_COLUMN | FILES and v != usual.get(n)}
+        words = [f"of {self.small_of}"] if self.is_small else []
+        words += [phrase(name, value) for name, value in special.items()]
+        return words + ([] if self.arithmetic == "float32" else [self.arithmetic])
 
-    @cached_property
-    def key(self) -> str:
-        """What runs share that differ by their seed only."""
-        results, teacher = self.results, self.results.get("teacher", {})
-        options = {name: value for name, value in identity(self.settings).items() if name not in FILES}
-        own = [results["dataset"], results["arch"], results["recipe"], teacher.get("arch"), teacher.get("sha256")]
-        own += [self.small_of, self.epochs, self.started_from, self.images, self.arithmetic]
-        return json.dumps([options, own], sort_keys=True)
-
-    @cached_property
-    def costs(self) -> Costs:
-        return run_costs(self.folder, self.results, pruned=self.pruned, small=self.is_small)
-
-    @property
-    def speed_up(self) -> str:
+    def _speed_up(self) -> str:
         """Speed of the small network over the full one in the largest mini-batch, from the latency files beside."""
         found: dict[str, tuple[int, float]] = {}
         for file in self.folder.glob("latency.*.json"):
@@ -172,12 +123,11 @@ class Run:
                 found[timing["device"]] = max(found.get(timing["device"], entry), entry)
         return ", ".join(f"{times:.2f} (batch {batch}, {device})" for device, (batch, times) in found.items())
 
-    @property
-    def minutes(self) -> str:
-        """Time and machine."""
-        machine = self.results.get("machine", {})
+    def _minutes(self) -> str:
+        """Time, machine, and in how many pieces."""
+        machine, pieces = self.results.get("machine", {}), self.results.get("pieces", 1)
         where = machine.get("gpu") or f"{machine.get('threads', '?')} of {machine.get('cpu_cores', '?')} CPU cores"
-        where += f", in {self.results['pieces']} pieces" if self.results.get("pieces", 1) > 1 else ""
+        where += f", in {pieces} pieces" if pieces > 1 else ""
         return f"{self.results['seconds'] / 60:.0f}, {where}" if "seconds" in self.results else ""
 
 
@@ -214,7 +164,8 @@ class Group(list):
     @property
     def title(self) -> str:
         """The same in words."""
-        return "{arch} on {dataset}, {epochs} epochs, {init}".format(**self.kind) + self.first.data_remark
+        remark = f", {self.first.data_remark}" if self.first.data_remark else ""
+        return "{arch} on {dataset}, {epochs} epochs, {init}".format(**self.kind) + remark
 
     @property
     def may_stand_beside_published(self) -> bool:
@@ -241,9 +192,9 @@ def read_run(file: Path) -> Run:
     """
     try:
         run = Run(file.parent, json.loads(file.read_text(encoding="utf-8")))
-        _ = run.key, run.name, run.costs, run.remark, run.speed_up, run.minutes, Group([run]).accuracy()
-        if not (0 <= run.results["last_epoch_accuracy"] <= 100 and run.results["finished"] in (True, False)):
-            raise ValueError(f"accuracy {run.results['last_epoch_accuracy']} %, finished {run.results['finished']}")
+        accuracy, finished = run.results["last_epoch_accuracy"], run.results["finished"]
+        if not (0 <= accuracy <= 100 and finished in (True, False) and Group([run]).accuracy()):
+            raise ValueError(f"accuracy {accuracy} %, finished {finished}")
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError, OSError) as error:
         raise Damaged(f"{type(error).__name__}: {' '.join(str(error).split())[:100]}") from None
     return run

@@ -20,9 +20,8 @@ from utils.base.signals import Stopped, stop
 from utils.tables.runs import ROOT
 
 TRAIN = (sys.executable, str(ROOT / "cifar10_resnet_test.py"))
+CONSOLE = "console.txt"
 POLL_SECONDS = 0.2
-# A run that is asked to stop finishes its mini-batch and writes a checkpoint.
-STOP_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,9 @@ def run_rows(rows: list[Row], jobs: int = 1, train: Sequence[str] = TRAIN) -> di
             while (waiting or running) and not stop.pending():
                 for slot in [slot for slot, (_, process) in running.items() if process.poll() is not None]:
                     row, process = running.pop(slot)
-                    ended[row.folder] = f"status {process.returncode}{last_line(row)}" if process.returncode else ""
+                    ended[row.folder] = (
+                        f"status {process.returncode}{last_line(row.folder / CONSOLE)}" if process.returncode else ""
+                    )
                     say(f"ended: {row.folder} {ended[row.folder]}")
                 for row in [row for row in waiting if ended.keys() >= set(row.needs)]:
                     slot = min(set(range(jobs)) - running.keys(), default=None)
@@ -80,7 +81,10 @@ def run_rows(rows: list[Row], jobs: int = 1, train: Sequence[str] = TRAIN) -> di
                     waiting.remove(row)
                 time.sleep(POLL_SECONDS if running else 0)
         finally:
-            stop_all([process for _, process in running.values()])
+            for _, process in running.values():
+                process.send_signal(signal.SIGINT)  # it finishes its mini-batch and writes a checkpoint
+            for _, process in running.values():
+                process.wait()
     if stop.pending():
         done = list(ended.values()).count("")
         raise Stopped(stop.signum, f"{done} of {len(rows)} runs are done, repeat the command to continue")
@@ -94,35 +98,19 @@ def start(row: Row, slot: int, jobs: int, train: Sequence[str]) -> subprocess.Po
     if jobs == 1:
         return subprocess.Popen([*train, *row.command()])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(max(1, int(os.environ.get("OMP_NUM_THREADS") or cores) // jobs)),
-    }
+    threads = int(os.environ.get("OMP_NUM_THREADS") or cores) // jobs
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, threads))}
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = given.split(",") if given else [str(gpu) for gpu in range(torch.cuda.device_count())]
     environment |= {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
-    with open(row.folder / "console.txt", "ab") as out:
+    with open(row.folder / CONSOLE, "ab") as out:
         return subprocess.Popen(
             [*train, *row.command()], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment
         )
 
 
-def stop_all(processes: list[subprocess.Popen]) -> None:
-    """Asks processes to stop as by Ctrl-C and waits; what takes too long is killed."""
-    for process in processes:
-        process.send_signal(signal.SIGINT)
-    end = time.monotonic() + STOP_SECONDS
-    for process in processes:
-        try:
-            process.wait(max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def last_line(row: Row) -> str:
-    """What a row printed last, and where the rest is; "" where its output was shown."""
-    file = row.folder / "console.txt"
+def last_line(file: Path) -> str:
+    """What a run printed last, and where the rest is; "" where its output was shown."""
     lines = file.read_text(errors="replace").strip().splitlines() if file.is_file() else []
     return f": {lines[-1].strip()} (all of it in {file})" if lines else ""
 
