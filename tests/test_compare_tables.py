@@ -157,6 +157,7 @@ def test_a_run_is_measured_against_its_own_baseline_of_equal_length(put, tmp_pat
 
 
 def test_what_a_run_is_follows_from_settings_not_from_folder_names(put, tmp_path):
+    of_trained = dict(started_from="x.th", learning_rate=0.05, warmup=0.0, prune_begin=0.05, prune_end=0.5)
     put("baseline", no_regrow=True)
     put("c1", k=None)
     put("c2", v=0)
@@ -166,9 +167,18 @@ def test_what_a_run_is_follows_from_settings_not_from_folder_names(put, tmp_path
     put("c6", "finetune")
     put("c7", **SHORT)
     put("c8", "prune_gradual", changes={"arithmetic": "bfloat16", "processes": 2})
+    put("c9", "prune_gradual", HTrate=1.0, macs_cut=0.5, **of_trained)
+    put("c10", HTrate=1.0)
     assert {group.first.name.removeprefix("resnet20 ") for group in groups(tmp_path)} == {
-        *("AHSG-HT 30 %, no regrowth", "AHSG-HT 30 %, fixed mini-batch", "HSG-HT 30 %", "AHSG-HT 30 %", "KD"),
-        *("small network from scratch, of unknown", "AHSG-HT, fine-tuned 30 %", "gradual, bfloat16, 2 processes"),
+        *(
+            "AHSG-HT 30 %, no regrowth",
+            "AHSG-HT 30 %, fixed mini-batch",
+            "HSG-HT 30 %, no heavy ball",
+            "AHSG-HT 30 %",
+            "KD",
+        ),
+        *("small network from scratch, of unknown", "AHSG-HT, fine-tuned 30 %", "gradual 30 %, bfloat16, 2 processes"),
+        *("gradual 50 % of multiply-adds", "heavy ball, unpruned"),
     }
 
 

@@ -41,9 +41,10 @@ def draw_accuracy(groups: list[Group], published: list[Published], path: Path) -
     axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
     for panel, (title, points) in zip(axes, panels.items(), strict=True):
         for i, (macs, accuracy, bar, label, own) in enumerate(sorted(points, key=lambda point: -point[1])):
-            style = dict(fmt="o", markersize=8) if own else dict(fmt="s", markersize=5, alpha=0.7)
+            style = dict(fmt="oDv^"[i // 10 % 4], markersize=8) if own else dict(fmt="s", markersize=5, alpha=0.7)
             panel.errorbar(macs, accuracy, yerr=bar, color=f"C{i % 10}", capsize=3, label=label, **style)
-        panel.set(title=title, xlabel="multiply-adds (millions)", ylabel="top-1 accuracy (%)")
+        panel.set_title(title, loc="left", fontsize=9)
+        panel.set(xlabel="multiply-adds (millions): published by their cut, own counted", ylabel="top-1 accuracy (%)")
         panel.grid(alpha=0.25)
         panel.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7, frameon=False)
     content = io.BytesIO()

@@ -74,7 +74,7 @@ def make_report(groups: list[Group], notes: list[str], *, base: Path, by_hand: s
         picture: the picture's file, "" for none.
     """
     full = [group for group in groups if group.may_stand_beside_published]
-    parts = ["# Results", "Written by `python -m utils.compare_tables --update`."]
+    parts = ["# Results", "Written by `python -m utils.compare_tables --update`." if picture else ""]
     parts += [table(MAIN, [row_cells(group, groups, base) for group in full]) if full else NONE_YET, LEGEND, by_hand]
     others = [group for group in groups if group not in full]
     parts += ["## Shorter runs and controls", "To be compared with each other at equal epochs only."] if others else []

@@ -20,7 +20,7 @@ FULL_SIZES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "imagen
 # Epochs from which on a run that began with a trained network may stand beside published ones that did.
 EPOCHS_FROM_TRAINED = 40
 # Options with a column of their own, or part of the method's name; files, of which the content counts.
-OWN_COLUMN = {"recipe", "dataset", "arch", "arch_small", "student", "epochs", "HTrate", "prune_rate", "macs_cut", "v"}
+OWN_COLUMN = {"recipe", "dataset", "arch", "arch_small", "student", "epochs", "HTrate", "prune_rate", "macs_cut"}
 FILES = {"teacher", "widths_of", "started_from", "resume", "use_pretrain"}
 
 
@@ -75,7 +75,8 @@ class Run:
         self.method = self._method()
         of_trained = recipes_of(dataset)[recipe].get("trained", {}) if self.init == "pretrained" else {}
         special = self._special({**usual, **of_trained}, baseline)
-        rate = f" {self.pruned:g} %" if self.pruned else ""
+        rate = 0.0 if self.is_small else 100 * (settings.get("macs_cut") or results.get("prune_rate") or 0.0)
+        rate = f" {rate:g} %{' of multiply-adds' if settings.get('macs_cut') else ''}" if rate else ""
         self.name = ", ".join([f"{arch} {self.method}{rate}", *special])
         options = {name: value for name, value in identity(settings).items() if name not in FILES}
         own = [dataset, recipe, arch, teacher.get("arch"), teacher.get("sha256"), self.small_of, self.epochs]
@@ -94,10 +95,10 @@ class Run:
         """AHSG-HT without its heavy ball (v = 0) is the paper's HSG-HT."""
         if self.is_small or self.is_gradual:
             name = "small network from scratch" if self.is_small else "gradual"
-        elif self.pruned:
-            name = "AHSG-HT" if self.settings["v"] else "HSG-HT"
+        elif self.settings["v"]:
+            name = "AHSG-HT" if self.pruned else "heavy ball, unpruned"
         else:
-            name = "" if self.teacher else "baseline"
+            name = "HSG-HT" if self.pruned else "" if self.teacher else "baseline"
         name = f"{name}+KD".removeprefix("+") if self.teacher else name
         return f"{name}, fine-tuned" if self.results["recipe"] == "finetune" else name
 
