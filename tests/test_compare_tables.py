@@ -207,6 +207,7 @@ def test_small_networks_are_told_by_what_they_were_cut_out_of(put, tmp_path):
     [
         *("{", "[1]", "[" * 100_000, b"\xff\xfe", {"last_epoch_accuracy": None}, {"last_epoch_accuracy": 900.0}),
         *({"last_epoch_accuracy": math.nan}, {"recipe": "none"}, {"settings": {"k": "many"}}, {"seed": []}),
+        {"arch": "resnet21", "small": {}},
         *({"teacher": {"arch": "a"}, "settings": {"teacher": "t"}}, {"small": {"after": {"multiply_adds": "few"}}}),
     ],
 )

@@ -35,14 +35,14 @@ def run_costs(folder: Path, results: dict, *, pruned: float | None, small: bool)
         small: the run trained a small network from scratch.
     """
     arch, written, network = results["arch"], results.get("small", {}), results.get("network")
-    before, after = written.get("before"), written.get("after") or (network if small or pruned == 0 else None)
-    file = folder / f"small.{arch}.pth.tar"
+    file, unpruned, cut = folder / f"small.{results['arch']}.pth.tar", pruned == 0 and not small, None
+    before = written.get("before") or (network if unpruned else None)
     full = int(before["multiply_adds"]) if before else _count(arch, results.get("num_classes", 10))
-    if after:
-        left = int(after["multiply_adds"])
+    after = written.get("after") or (network if small else None)
+    if after or unpruned:
+        left = int(after["multiply_adds"]) if after else full
     else:
-        left = full if pruned == 0 and not small else _count(arch, file=file) if file.is_file() else None
-    cut = None
+        left = _count(arch, file=file) if file.is_file() else None
     if not small and re.fullmatch(r"resnet(20|32|44|56|110)", arch):
         by_layer = pruned is None
         cut = papers_cut_by_layer(results.get("filters")) if by_layer else papers_cut(int(arch[6:]), 1 - pruned / 100)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from utils.base.errors import UserError
 from utils.tables.costs import run_costs
 from utils.tables.statistics import half_width
 from utils.train.options import identity, phrase, recipe_settings
@@ -196,7 +197,16 @@ def read_run(file: Path) -> Run:
         accuracy, finished = run.results["last_epoch_accuracy"], run.results["finished"]
         if not (0 <= accuracy <= 100 and finished in (True, False) and Group([run]).accuracy()):
             raise ValueError(f"accuracy {accuracy} %, finished {finished}")
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError, OSError) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        RuntimeError,
+        OSError,
+        UserError,
+    ) as error:
         raise Damaged(f"{type(error).__name__}: {' '.join(str(error).split())[:100]}") from None
     return run
 
