@@ -1,1 +1,0 @@
-"""Own and published results side by side."""

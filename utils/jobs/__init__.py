@@ -1,1 +1,0 @@
-"""Commands that start several runs: the recipes of run_cifar.sh, and tables of runs."""

@@ -1,0 +1,54 @@
+"""The picture of a comparison: accuracy against multiply-adds, published and own."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from utils.base.files import replace_file
+from utils.tables.published import Published
+from utils.tables.runs import Group
+
+
+def draw_accuracy(groups: list[Group], published: list[Published], path: Path) -> bool:
+    """Writes a PNG with a panel per network for full-length runs beside the published rows, and one for shorter runs.
+
+    Published rows stand at the multiply-adds that their cut leaves of the network here, own ones at those counted.
+    Bars: published, standard deviation; own, 95 % interval. Returns whether there was anything to draw.
+    """
+    panels: dict[str, list[tuple]] = {}  # title: (millions of multiply-adds, accuracy, bar, label, own)
+    for group in sorted(groups, key=lambda group: -group.mean):
+        run, costs = group.first, group.first.costs
+        if None in (costs.left, costs.full):
+            continue
+        title = "{arch} on {dataset}".format(**run.results)
+        if not group.may_stand_beside_published:
+            title += ": shorter runs and controls, not comparable with published figures"
+        elif title not in panels:
+            like = run.results["dataset"], run.results["arch"]
+            rows = [row for row in published if (row.dataset, row.arch) == like and row.macs_cut is not None]
+            at = [costs.full * (1 - row.macs_cut / 100) / 1e6 for row in rows]
+            labels = [f"{row}{', pretrained' if row.init == 'pretrained' else ''}" for row in rows]
+            panels[title] = [(x, r.acc, r.acc_std, label, False) for x, r, label in zip(at, rows, labels, strict=True)]
+        label = f"OWN {group.mean:.2f} {run.name}, {run.epochs} epochs"
+        panels.setdefault(title, []).append((costs.left / 1e6, group.mean, group.half_width, label, True))
+    if not panels:
+        return False
+    from matplotlib.figure import Figure
+
+    heights = [max(2.8, 1.0 + 0.24 * len(points)) for points in panels.values()]
+    figure = Figure(figsize=(12, sum(heights)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for panel, (title, points) in zip(axes, panels.items(), strict=True):
+        for i, (macs, accuracy, bar, label, own) in enumerate(sorted(points, key=lambda point: -point[1])):
+            style = dict(fmt="oDv^"[i // 10 % 4], markersize=8) if own else dict(fmt="s", markersize=5, alpha=0.7)
+            panel.errorbar(macs, accuracy, yerr=bar, color=f"C{i % 10}", capsize=3, label=label, **style)
+        panel.set_title(title, loc="left", fontsize=9)
+        panel.set(xlabel="multiply-adds (millions): published by their cut, own counted", ylabel="top-1 accuracy (%)")
+        panel.grid(alpha=0.25)
+        panel.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7, frameon=False)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=100, metadata={"Software": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, content.getvalue())
+    return True

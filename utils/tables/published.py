@@ -1,0 +1,62 @@
+"""Published accuracies: the rows of results/published.csv."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.base.errors import UserError
+
+PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "published.csv"
+NUMBERS = ("pruned", "baseline_acc", "baseline_std", "acc", "acc_std", "macs_cut")
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row; accuracies and shares in %, None where the source has none.
+
+    Attributes:
+        pruned: share of the filters removed per layer; None where it differs from layer to layer.
+        init: scratch, trained and pruned from random weights; pretrained, started from a trained network.
+        acc, acc_std: top-1 and its standard deviation over runs.
+        macs_cut: multiply-adds removed, counted as the source counts.
+        doubt: why the figure needs care.
+    """
+
+    dataset: str
+    arch: str
+    method: str
+    pruned: float | None
+    init: str
+    baseline_acc: float | None
+    baseline_std: float | None
+    acc: float
+    acc_std: float | None
+    macs_cut: float | None
+    source: str
+    doubt: str
+
+    def __str__(self) -> str:
+        """Method, accuracy, cut and source; † where the figure needs care."""
+        std = f" ± {self.acc_std:.2f}" if self.acc_std is not None else ""
+        cut = f"-{self.macs_cut:g} %, " if self.macs_cut else ""
+        return f"{self.method} {self.acc:.2f}{std} ({cut}{self.source}{'†' if self.doubt else ''})"
+
+
+def read_published(path: Path = PUBLISHED) -> list[Published]:
+    """Every row, in the file's order. Lines that begin with # are comments.
+
+    Raises:
+        UserError: a row that is not well-formed.
+    """
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    rows = []
+    for cells in csv.DictReader(lines):
+        try:
+            if None in cells.values() or not cells["acc"]:
+                raise ValueError("cells are missing")
+            rows.append(Published(**{n: (float(v) if v else None) if n in NUMBERS else v for n, v in cells.items()}))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"'{path}' has a damaged row, {','.join(map(str, cells.values()))}: {error}") from None
+    return rows

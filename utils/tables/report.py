@@ -1,0 +1,143 @@
+"""The comparison as Markdown: results/README.md, the block in the project's README, and what the command prints."""
+
+from __future__ import annotations
+
+import os
+import sys
+from itertools import groupby
+from pathlib import Path
+
+from utils.base.errors import UserError
+from utils.base.files import replace_file
+from utils.tables.compare import order, own_baseline, published_beside
+from utils.tables.picture import draw_accuracy
+from utils.tables.published import read_published
+from utils.tables.runs import ROOT, Group, find_runs, show_path
+from utils.train.options import OneLineParser
+from utils.train.run_folder import RUNS
+
+BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+README_ROWS = 8
+NONE_YET = "No run of full length yet, so nothing here may be set beside a published figure."
+LEGEND = """\
+Top-1 accuracy in % on the test images. Own figures: last epoch, mean over seeds ± half the 95 % interval (variance over
+seeds plus that of the finite test set; one seed has none); in brackets the best epoch on the test set, which this line
+of papers prints. Published: rows of the same network that began as the run did and removed the same share of filters
+or, where that differs from layer to layer, cut multiply-adds within 8 points; † needs care, see `published.csv`.
+Difference: own last epoch less published. Multiply-adds of convolutions and linear layers for one image: counted in the
+small network that is left, and by soft filter pruning's formula. Minutes are the whole run's.
+"""
+README = ("row", "epochs", "started from", "last epoch (best)", "multiply-adds, counted", "published", "difference")
+SHORT = ("row", "epochs", "started from", "teacher", "last epoch (best)", "less own unpruned", "multiply-adds, counted")
+SHORT = (*SHORT, "minutes, machine", "small network, times as fast", "log")
+MAIN = (*SHORT[:5], *SHORT[6:7], "papers' formula", "published", "difference", *SHORT[7:])
+
+
+def row_cells(group: Group, groups: list[Group], base: Path) -> dict[str, str]:
+    """{column: cell} of a group of runs, for the columns of every table; links are relative to the folder `base`."""
+    run, costs, baseline = group.first, group.first.costs, own_baseline(group, groups)
+    beside = [] if run.remark else published_beside(run, read_published())
+    logs = {r.results["seed"]: r.folder / f"log_seed_{r.results['seed']}.txt" for r in group}
+    links = {seed: Path(os.path.relpath(log, base)).as_posix() for seed, log in logs.items() if log.is_file()}
+    counted = "" if costs.left is None else f"{costs.left / 1e6:.2f} M"
+    return {
+        "row": run.name + (f" **{run.data_remark}**" if run.data_remark else ""),
+        "epochs": str(run.epochs),
+        "started from": run.started_from,
+        "teacher": run.teacher,
+        "last epoch (best)": group.accuracy(),
+        "less own unpruned": "" if baseline in (None, group) else f"{group.mean - baseline.mean:+.2f}",
+        "multiply-adds, counted": counted + (f" (-{100 * costs.cut:.1f} %)" if costs.cut else ""),
+        "papers' formula": f"-{100 * costs.formula_cut:.1f} %" if costs.formula_cut else "",
+        "published": "<br>".join(map(str, beside)),
+        "difference": "<br>".join(f"{group.mean - row.acc:+.2f}" for row in beside),
+        "minutes, machine": "<br>".join(r.minutes for r in group),
+        "small network, times as fast": "<br>".join(r.speed_up for r in group if r.speed_up),
+        "log": " ".join(f"[seed {seed}]({link})" for seed, link in links.items()),
+    }
+
+
+def table(columns: tuple[str, ...], rows: list[dict[str, str]]) -> str:
+    """Rows as a Markdown table, columns that are empty throughout left out."""
+    used = [column for column in columns if any(row[column] for row in rows)]
+    lines = [used, ["---"] * len(used), *([" ".join(row[c].split()).replace("|", "\\|") for c in used] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def make_report(groups: list[Group], notes: list[str], *, base: Path, by_hand: str = "", picture: str = "") -> str:
+    """The whole report.
+
+    Args:
+        groups, notes: of find_runs.
+        base: folder that links are relative to.
+        by_hand: text that follows the first table.
+        picture: the picture's file, "" for none.
+    """
+    full = [group for group in groups if group.may_stand_beside_published]
+    parts = ["# Results", "Written by `python -m utils.compare_tables --update`." if picture else ""]
+    parts += [table(MAIN, [row_cells(group, groups, base) for group in full]) if full else NONE_YET, LEGEND, by_hand]
+    others = [group for group in groups if group not in full]
+    parts += ["## Shorter runs and controls", "To be compared with each other at equal epochs only."] if others else []
+    for (dataset, arch), section in groupby(others, lambda group: (group.kind["dataset"], group.kind["arch"])):
+        parts += [f"### {arch} on {dataset}", table(SHORT, [row_cells(group, groups, base) for group in section])]
+    commands = [f"`{run.results['command']}`" for group in groups for run in group if "command" in run.results]
+    for title, lines in (("Order", order(groups)), ("Commands", commands), ("Not in the tables", notes)):
+        parts += [f"## {title}", "\n".join(f"- {line}" for line in lines)] if lines else []
+    parts += ["## Accuracy against multiply-adds", f"![accuracy against multiply-adds]({picture})"] if picture else []
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def readme_block(groups: list[Group]) -> str:
+    """The README's table with its markers: the first full-length rows, or, while there are none, shorter ones."""
+    full = [group for group in groups if group.may_stand_beside_published]
+    rows = table(README, [row_cells(group, groups, ROOT) for group in (full or groups)[:README_ROWS]])
+    more = "All rows, with logs, and what the columns are: [results/README.md](results/README.md)."
+    return "\n\n".join([BEGIN, *([] if full else [NONE_YET]), rows, more, END])
+
+
+def replace_block(text: str, block: str) -> str:
+    """A README with its generated block renewed.
+
+    Raises:
+        UserError: the markers are not there once each, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UserError(f"README.md must hold '{BEGIN}' and, after it, '{END}', once each; put them back")
+    return text.split(BEGIN)[0] + block + text.split(END)[1]
+
+
+def update(root: Path = ROOT) -> list[Path]:
+    """Renews results/README.md, with results/notes.md in it, results/accuracy.png and the block in README.md."""
+    folder, readme, picture = root / "results", root / "README.md", root / "results" / "accuracy.png"
+    groups, notes = find_runs([folder])
+    text = replace_block(readme.read_text(encoding="utf-8"), readme_block(groups))
+    hand = folder / "notes.md"
+    by_hand = hand.read_text(encoding="utf-8") if hand.is_file() else ""
+    drawn = picture.name if draw_accuracy(groups, read_published(), picture) else ""
+    report = make_report(groups, notes, base=folder, by_hand=by_hand, picture=drawn)
+    replace_file(folder / "README.md", report.encode())
+    replace_file(readme, text.encode())
+    return [folder / "README.md", picture, readme]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("folders", nargs="*", metavar="FOLDER", help="holds results.json at any depth (results runs)")
+    parser.add_argument("--picture", metavar="PNG", help="also draws accuracy against multiply-adds into this file")
+    parser.add_argument("--update", action="store_true", help="renews results/README.md, picture, README.md's table")
+    args = parser.parse_args(argv)
+    if args.update and (args.folders or args.picture):
+        raise UserError("--update works on the project's own results/; leave folders and --picture out")
+    if args.update:
+        print("\n".join(f"written: {show_path(path)}" for path in update()))
+        return
+    folders = [Path(name) for name in args.folders] or [path for path in (ROOT / "results", RUNS) if path.is_dir()]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"'{folder}' is no folder; give folders that hold results.json")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # whatever a results.json holds, on any terminal
+    groups, notes = find_runs(folders)
+    print(make_report(groups, notes, base=Path.cwd()), end="")
+    if args.picture:
+        draw_accuracy(groups, read_published(), Path(args.picture))
