@@ -131,7 +131,8 @@ def main(argv: list[str] | None = None) -> Path | None:
         objective, facts = setup.build_objective(teacher, net, images, test_loader, args, device)
 
         # Optimizer.
-        optimizer = setup.build_optimizer(net, getattr(objective, "adapters", None), args)
+        example = data.first_images(images.test, 2).to(device)
+        optimizer = setup.build_optimizer(net, getattr(objective, "adapters", None), args, example)
 
         # Train, then cut out the small network.
         trainer = Trainer(

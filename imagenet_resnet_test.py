@@ -150,7 +150,8 @@ def main(argv: list[str] | None = None) -> Path | None:
         network_facts = {"library": "torchvision", "input_shape": [3, args.image_size, args.image_size]}
 
         # Optimizer.
-        optimizer = setup.build_optimizer(net, getattr(objective, "adapters", None), args)
+        example = data.first_images(images.test, 2).to(device)
+        optimizer = setup.build_optimizer(net, getattr(objective, "adapters", None), args, example)
 
         # Train, then cut out the small network.
         trainer = Trainer(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import data
 from AHSG_HT import AHSG_HT
 from models.resnet_cifar import CifarResNet
 from models.vgg_cifar import CifarVGG
@@ -135,7 +136,8 @@ def test_tf32_is_an_arithmetic_of_its_own_and_never_that_of_tests(tf32, monkeypa
     seen = []
     net = nn.Sequential(nn.Flatten(), nn.Linear(2, 3))
     net.register_forward_hook(lambda *_: seen.append([switch.allow_tf32 for switch in switches]))
-    evaluate(net, [(torch.zeros(4, 2, 1, 1), torch.zeros(4, dtype=torch.int64))], CPU)
+    pixels, labels = torch.zeros(4, 2, 1, 1, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+    evaluate(net, data.DataLoader(data.ImageArrays(pixels, labels, [0.5] * 2, [0.5] * 2, augment=False), 4), CPU)
     assert seen == [[False, False]] and [switch.allow_tf32 for switch in switches] == [tf32, tf32]
 
 

@@ -11,7 +11,7 @@ from tiny import train_epoch
 from torch import nn
 
 from AHSG_HT import AHSG_HT
-from data import DataLoader, ImageArrays
+from data import DataLoader, ImageArrays, first_images
 from data.synthetic import make_images
 from models.resnet_cifar import CifarResNet
 from utils.base.errors import UserError
@@ -74,7 +74,7 @@ def train(make=NoNorm, *, teacher=False, max_images=None, epochs=range(4), befor
     net, objective = make(), cross_entropy
     groups, adapters = [{"params": list(net.parameters())}], nn.ModuleList()
     if teacher:
-        objective = Distillation(NoNorm(14), net, images(False).__getitems__([0, 1])[0], [parse_term("feature:MSE")])
+        objective = Distillation(NoNorm(14), net, first_images(images(False), 2), [parse_term("feature:MSE")])
         adapters = objective.adapters
         groups += [{"params": list(adapters.parameters()), "HTrate": 1}]
     optimizer = make_optimizer(groups)

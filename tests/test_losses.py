@@ -211,5 +211,5 @@ def test_a_newcomers_loss_needs_a_class_and_a_registry_entry(monkeypatch):
     monkeypatch.setitem(LOSSES, "Power", Power)
     loss = parse_term("feature:Power:2:p=4").make_loss()
     assert loss(torch.full((2, 3), 2.0), torch.zeros(2, 3), LABELS[:2]).item() == 16
-    with pytest.raises(UserError, match="its options: p$"):
+    with pytest.raises(UserError, match=r"its options: p$"):
         parse_term("feature:Power:2:q=4")

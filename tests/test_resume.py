@@ -9,9 +9,9 @@ import cifar10_resnet_test as script
 import models
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError, run_main
-from utils.train.setup import build_optimizer
 from utils.train.optimizer_state import restore_optimizer
 from utils.train.run_folder import RunFolder
+from utils.train.setup import build_optimizer
 
 NAME = "checkpoint.resnet8.pth.tar"
 
@@ -87,7 +87,7 @@ def test_auto_tells_runs_by_their_content_not_by_paths(train, tree, tmp_path, te
 
 def test_auto_refuses_a_folder_of_another_run(train):
     train("--epochs", 1, "--save_path", "out")
-    with pytest.raises(UserError, match="'out' holds another run.*head_width None -> 20"):
+    with pytest.raises(UserError, match=r"'out' holds another run.*head_width None -> 20"):
         train("--epochs", 1, "--save_path", "out", "--resume", "auto", "--head_width", 20)
 
 
@@ -150,7 +150,7 @@ def test_momentum_takes_the_parameters_memory_layout(train, tmp_path):
     torch.save(saved, folder / NAME)
     args = script.parse_args(["--k", "24", "--batch_size", "16"])
     net = models.build("resnet8").to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(net, None, args)
+    optimizer = build_optimizer(net, None, args, torch.zeros(2, 3, 32, 32))
     restore_optimizer(optimizer, checkpoints.read(folder / NAME)["optimizer"], "file")
     buffer = optimizer.state[net.stage_3[0].conv_b.weight]["momentum_buffer"]
     assert buffer.is_contiguous(memory_format=torch.channels_last)

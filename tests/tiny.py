@@ -28,7 +28,14 @@ def train_epoch(net, loader, objective, optimizer, device, *, epoch, max_images=
     net.train()
     means, sizes = engine.RunningMeans(device), loader.sizes(epoch)
     for t, (images, labels) in enumerate(loader):
-        options = dict(device=device, size=sizes[t], growth=sizes[t] / sizes[0], epoch=epoch, max_images=max_images)
+        options = dict(
+            device=device,
+            normalise=loader.dataset.normalise,
+            size=sizes[t],
+            growth=sizes[t] / sizes[0],
+            epoch=epoch,
+            max_images=max_images,
+        )
         engine.train_step(objective, net, images, labels, optimizer, means, **options)
     return means.read()
 

@@ -60,7 +60,7 @@ def make_loop(name: str, arch: str, args: argparse.Namespace) -> Callable[[], tu
     objective = cross_entropy
     if args.teacher:
         teacher = models.build(args.teacher, num_classes=classes).to(args.device, memory_format=layout)
-        sample = images.__getitems__([0, 1])[0].to(args.device)
+        sample = data.first_images(images, 2).to(args.device)
         objective = Distillation(teacher, net, sample, [parse_term("feature:MSE")])
     # On a GPU this loop keeps the images there and needs no workers.
     workers = 0 if on_gpu and not original else args.workers
@@ -77,7 +77,8 @@ def make_loop(name: str, arch: str, args: argparse.Namespace) -> Callable[[], tu
         net.train()
         means, sizes = RunningMeans(args.device), loader.sizes()
         for t, (x, y) in enumerate(loader):
-            train_step(objective, net, x, y, optimizer, means, device=args.device, size=sizes[t])
+            options = dict(device=args.device, normalise=images.normalise, size=sizes[t])
+            train_step(objective, net, x, y, optimizer, means, **options)
         result = means.read()
         return result.loss, result.top1, result.top5
 

@@ -76,10 +76,12 @@ class RunningMeans:
         return PassResult(loss, 100 * top1, 100 * top5, seconds, images / seconds)
 
 
-def to_device(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A mini-batch where the network is, images in channels_last layout."""
+def to_device(
+    images: Tensor, labels: Tensor, device: torch.device, normalise: Callable | None = None
+) -> tuple[Tensor, Tensor]:
+    """A mini-batch where the network is; uint8 images become its input there (data.images.ImageSet.normalise)."""
     images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-    return images, labels.to(device, non_blocking=True)
+    return (normalise(images) if normalise else images), labels.to(device, non_blocking=True)
 
 
 def train_step(
@@ -91,6 +93,7 @@ def train_step(
     means: RunningMeans,
     *,
     device: torch.device,
+    normalise: Callable | None = None,
     size: int,
     growth: float = 1.0,
     epoch: int = 0,
@@ -106,6 +109,7 @@ def train_step(
         objective: see utils.train.objective.
         images, labels: those of the mini-batch that this process has: all, or its rank's share, which may be empty.
             Images that could not be read are missing; they count as images without a gradient.
+        normalise: makes the network's input of the images, on the device; None where they are that already.
         optimizer: AHSG_HT gets the release's calling order, any other a plain step().
         means: accumulate loss and accuracy.
         size: images of the whole mini-batch, over all processes.
@@ -117,7 +121,7 @@ def train_step(
         step: number of the mini-batch over the whole run, for `pruning`.
         log: gets what `pruning` reports.
     """
-    images, labels = to_device(images, labels, device)
+    images, labels = to_device(images, labels, device, normalise)
     optimizer.zero_grad(set_to_none=True)
     add_gradients(net, objective, images, labels, size, max_images, means)
     if pruning is not None and (text := pruning.before_step(step)) is not None:
@@ -166,7 +170,7 @@ def evaluate(
     means = RunningMeans(device)
     with true_float32():
         for images, labels in loader:
-            images, labels = to_device(images, labels, device)
+            images, labels = to_device(images, labels, device, loader.dataset.normalise)
             if len(labels):
                 logits = net(images)
                 means.add(F.cross_entropy(logits, labels), logits, labels)

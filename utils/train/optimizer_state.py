@@ -25,10 +25,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str) 
         params = group["params"]
         group.clear()
         group.update(own, params=params)
+    regrows = any(group.get("regrow") and group["HTrate"] < 1 for group in optimizer.param_groups)
+    names = ("momentum_buffer", "prev_data") if regrows else ("momentum_buffer", "prev_data", "kept")
     for p, state in optimizer.state.items():
         for name, value in list(state.items()):
-            if name not in ("momentum_buffer", "prev_data", "kept") or not isinstance(value, torch.Tensor):
-                # Of another optimizer.
+            if name not in names or not isinstance(value, torch.Tensor):
+                # Of another optimizer, or filters that may come back now.
                 del state[name]
             elif value.shape != p.shape and not (name == "kept" and value.numel() == len(p) == len(value)):
                 raise UserError(

@@ -8,7 +8,7 @@ import shlex
 from itertools import islice
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import data
@@ -17,10 +17,18 @@ from AHSG_HT import AHSG_HT
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 from utils.base.signals import stop
+from utils.small.filters import filter_additives
 from utils.train.acceleration import Acceleration, accelerate, make_deterministic
 from utils.train.device import flush_denormals, reuse_freed_memory, seed_everything
 from utils.train.distillation import Distillation, share_classifier
-from utils.train.distributed import Agreement, ParallelObjective, average_batchnorm, is_first, world_size
+from utils.train.distributed import (
+    Agreement,
+    ParallelObjective,
+    average_batchnorm,
+    is_first,
+    local_world_size,
+    world_size,
+)
 from utils.train.engine import evaluate, format_pass, gather_bad_images, to_device
 from utils.train.losses import parse_term
 from utils.train.objective import cross_entropy
@@ -117,8 +125,15 @@ def wrap_objective(objective, net: nn.Module, device: torch.device, how: Acceler
     return ParallelObjective(net, objective, device) if world_size() > 1 else objective
 
 
-def build_optimizer(net: nn.Module, adapters: nn.Module | None, args: argparse.Namespace):
-    """Plain SGD where HTrate is 1, v is 0 and nothing is pruned, otherwise AHSG_HT. Adapters are never thresholded."""
+def build_optimizer(net: nn.Module, adapters: nn.Module | None, args: argparse.Namespace, example: Tensor):
+    """Plain SGD where HTrate is 1, v is 0 and nothing is pruned, otherwise AHSG_HT. Adapters are never thresholded.
+
+    Args:
+        example: a mini-batch (2, C, H, W) on the network's device, to trace it with.
+
+    Raises:
+        UserError: a rate that keeps no filter of a layer.
+    """
     groups = [{"params": list(net.parameters())}]
     common = dict(
         lr=args.learning_rate,
@@ -135,7 +150,9 @@ def build_optimizer(net: nn.Module, adapters: nn.Module | None, args: argparse.N
         on_gpu = next(net.parameters()).is_cuda
         return torch.optim.SGD(groups, **({"fused": True} if on_gpu else {"foreach": True}), **common)
     rate = 1.0 if gradual else args.HTrate
+    additives = filter_additives(net, example) if rate < 1 else None
     options = dict(v=args.v, HTrate=rate, heavy_ball=args.heavy_ball, norm=args.norm, regrow=not args.no_regrow)
+    options["additives"] = additives
     try:
         return AHSG_HT(groups, **options, **common)
     except ValueError as error:
@@ -160,9 +177,11 @@ def build_train_loader(images: data.Data, args: argparse.Namespace, device: torc
     growth = dict(growth=args.growth, restart=not args.no_restart, max_batch_size=args.max_batch_size)
     options = dict(shuffle=True, seed=args.manualSeed, **growth, **worker_options(args, device))
     try:
-        return data.DataLoader(images.train, args.batch_size, args.k, **options)
+        loader = data.DataLoader(images.train, args.batch_size, args.k, **options)
     except ValueError as error:
         raise UserError(str(error)) from None
+    data.check_shared_memory(loader, epochs=args.epochs, processes=local_world_size())
+    return loader
 
 
 def build_test_loader(images: data.Data, args: argparse.Namespace, device: torch.device) -> data.DataLoader:
@@ -244,7 +263,8 @@ def recalibrate(net: nn.Module, loader: data.DataLoader, count: int, device: tor
 
     Those of a network that has just been thresholded are still the unthresholded one's.
     """
-    update_bn((to_device(*batch, device)[0] for batch in islice(loader, count)), net)
+    normalise = loader.dataset.normalise
+    update_bn((to_device(*batch, device, normalise)[0] for batch in islice(loader, count)), net)
     average_batchnorm(net)
     sizes = loader.sizes(0)[:count]
     if is_first():

@@ -242,6 +242,7 @@ class Trainer:
                     self.optimizer,
                     means,
                     device=self.device,
+                    normalise=loader.dataset.normalise,
                     size=sizes[t],
                     growth=sizes[t] / sizes[0],
                     epoch=epoch,
@@ -289,7 +290,7 @@ class Trainer:
 
     def kept(self) -> dict[str, list[int]]:
         """{weight of a convolution: original indices of the filters it keeps}."""
-        return self.pruning.kept if self.pruning else kept_filters(self.net, self.optimizer)
+        return self.pruning.kept if self.pruning else kept_filters(self.net, getattr(self.optimizer, "additives", None))
 
     def _check_finite(self, t: int, means: RunningMeans, *, thorough: bool) -> None:
         """Stops the run on all ranks where the loss or, if `thorough`, a weight is not finite. Waits for the device."""
@@ -389,7 +390,7 @@ class Trainer:
             UserError: weights or optimizer are of another network.
         """
         checkpoints.load_weights(self.net, checkpoint["state_dict"], path)
-        self._zero_at_start = kept_filters(self.net, self.optimizer)
+        self._zero_at_start = kept_filters(self.net, getattr(self.optimizer, "additives", None))
         if self.adapters is not None and "adapters" in checkpoint:
             checkpoints.load_weights(self.adapters, checkpoint["adapters"], path)
         if "optimizer" in checkpoint:
