@@ -25,6 +25,7 @@ SIZES = (64, 96, 224)  # pixels; the smallest that a network takes is used
 Norm = nn.modules.batchnorm._BatchNorm
 
 
+@torch.no_grad()
 def make_network(name: str) -> tuple[nn.Module, Tensor]:
     """(a network with random BatchNorm parameters and statistics, and logits of at most 1; two images)."""
     torch.manual_seed(0)
@@ -48,6 +49,7 @@ def make_network(name: str) -> tuple[nn.Module, Tensor]:
     return net, images
 
 
+@torch.no_grad()
 def threshold(net: nn.Module, images: Tensor, random_means: bool) -> None:
     """AHSG_HT's H on every convolution; the BatchNorm that belongs to it is the one that reads it."""
     graph = trace(net, images)
