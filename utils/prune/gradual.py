@@ -216,7 +216,7 @@ class GradualPruning:
             lines.append(
                 f"multiply-adds {full:,} -> {int(self.goal):,} ({100 * (self.goal / full - 1):+.1f} %) or less"
             )
-        lines += [f"kept whole: {name}: {reason}" for name, reason in plan.reasons.items()]
+        lines += [f"not cut out: {name}: {reason}" for name, reason in plan.reasons.items()]
         return "\n".join(lines)
 
     def _costs(self, alive: Tensor) -> str:
@@ -227,7 +227,8 @@ class GradualPruning:
         return ", ".join(texts)
 
     def _widths(self) -> str:
-        return "widths " + " ".join(f"{c.name}:{int(self.alive[c.unit].sum())}" for c in self.plan.convolutions)
+        """Filters left of every convolution, in the order of the network."""
+        return "widths " + " ".join(str(int(self.alive[c.unit].sum())) for c in self.plan.convolutions)
 
     # -- resumption --
 

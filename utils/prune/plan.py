@@ -54,7 +54,7 @@ class Plan:
 
     Attributes:
         removable: bool per unit.
-        reasons: {layer: why filters of it, or channels that it reads, are kept}.
+        reasons: {convolution: why filters of it, or channels that it reads, are kept}.
         fixed: (multiply-adds, parameters) of everything that is in no layer of the plan.
     """
 
@@ -129,7 +129,9 @@ class Plan:
 
     @staticmethod
     def of_state(state: dict) -> Plan:
-        return Plan(**{**state, "layers": [Layer(**layer) for layer in state["layers"]]})
+        """On the CPU, wherever the state was loaded to."""
+        layers = [{k: v.cpu() if isinstance(v, Tensor) else v for k, v in layer.items()} for layer in state["layers"]]
+        return Plan([Layer(**layer) for layer in layers], state["removable"].cpu(), state["reasons"], state["fixed"])
 
 
 def make_plan(net: nn.Module, example: Tensor, tied: bool) -> Plan:
@@ -197,7 +199,8 @@ def _pins(channels: Channels, layers: list[Layer]) -> tuple[Tensor, Tensor, dict
     removable, ends = torch.zeros(2, len(roots), dtype=torch.bool)
     for layer in layers:
         removable[layer.made] |= layer.kind == "conv"
-    known = {layer_name(call.node) for call in channels.layers}
+    calls = [node for node in channels.graph.graph.nodes if node.op == "call_module"]
+    modules = {layer_name(node): channels.graph.get_submodule(node.target) for node in calls}
     for pinned in channels.pinned:
         kept = roots[pinned.ids]
         removable[kept] = False
@@ -208,7 +211,7 @@ def _pins(channels: Channels, layers: list[Layer]) -> tuple[Tensor, Tensor, dict
         for layer in layers:
             if layer.kind in CONVOLUTIONS and torch.isin(layer.made, kept).any():
                 reasons.setdefault(layer.name, reason)
-        if pinned.reason != OUTPUT and pinned.layer not in known:
+        if isinstance(modules.get(pinned.layer), nn.modules.conv._ConvNd):
             reasons.setdefault(pinned.layer, reason)
     return removable, ends, reasons
 
