@@ -83,7 +83,12 @@ def test_a_full_recipe_with_a_teacher_gives_the_plain_student_its_epochs(recorde
 
 
 @pytest.mark.parametrize(
-    "words, reason", [("prnue", "choose from baseline"), ("distill --resume x", "leave out --resume")]
+    "words, reason",
+    [
+        ("prnue", "choose from baseline"),
+        ("distill --resume x", "leave out --resume"),
+        ("distill --epochs ten", "--epochs must be"),
+    ],
 )
 def test_mistakes_are_named(recorded, words, reason):
     with pytest.raises(UserError, match=reason):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 
 from utils.base.errors import UserError
@@ -35,6 +36,17 @@ class CommandLine(dict):
 
     def value(self, name: str, default: str = "") -> str:
         return next(iter(self.get(name, [])), default)
+
+    def number(self, name: str, default: float) -> float:
+        """The number that an option gives.
+
+        Raises:
+            UserError: its value is none that the training script takes.
+        """
+        try:
+            return ALL[name].type(self.value(name)) if name in self else default
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"--{name} {error}") from None
 
     def flags(self, *left_out: str) -> list[str]:
         """The options as words again, less some."""

@@ -60,6 +60,6 @@ def order(groups: list[Group]) -> list[str]:
             )
         for a, b in combinations(several, 2):
             half, difference = half_width_of_difference(a.last, b.last, a.test_images), a.mean - b.mean
-            verdict = "is ahead of" if difference > half else "cannot be told from"
+            verdict = "is ahead of" if difference > half else "cannot be distinguished from"
             lines.append(f"{title}: {a.first.name} {verdict} {b.first.name}: {difference:+.2f} ± {half:.2f} (95 %)")
     return lines

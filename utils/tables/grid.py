@@ -87,9 +87,9 @@ def distil_and_compare(line: CommandLine, recipe: str) -> None:
     """The recipes with a teacher: its run, the student with it, and the same student in as many epochs without it."""
     if line.keys() & {"resume", "evaluate"}:
         raise UserError(f"{recipe} makes several runs, which continue when the command is repeated; leave out --resume")
-    kept = float(line.value("HTrate") or recipe_settings("prune_distill", "cifar10")["HTrate"])
+    kept = line.number("HTrate", recipe_settings("prune_distill", "cifar10")["HTrate"])
     flags = ["--methods", recipe, "prune" if recipe == "prune_distill" else "baseline"]
-    flags += ["--nets", line.value("arch_small", "resnet20"), "--rates", line.value("prune_rate", f"{1 - kept:.12g}")]
+    flags += ["--nets", line.value("arch_small", "resnet20"), "--rates", f"{line.number('prune_rate', 1 - kept):.12g}"]
     flags += ["--seeds", line.value("manualSeed", "1"), "--save_path", line.value("save_path", str(RUNS / "distill"))]
     file, arch = line.value("teacher"), line.value("arch", "resnet56")
     args = parser().parse_args([*flags, *(["--teacher", file] if file else ["--teacher_net", arch])])
@@ -166,7 +166,7 @@ def make_plan(line: CommandLine, args: argparse.Namespace, length_of: str | None
 def length_flags(line: CommandLine, recipe: str, length_of: str) -> list[str]:
     """Epochs and milestones of a row: the command line's, for the rest those of a recipe, scaled to the epochs."""
     usual = recipe_settings(length_of, line.value("dataset", "cifar10"))
-    epochs = int(line.value("epochs") or usual["epochs"])
+    epochs = line.number("epochs", usual["epochs"])
     if recipe_settings(recipe, "cifar10")["lr_schedule"] == "cosine":
         return ["--epochs", str(epochs)]
     flags = scaled(usual["schedule"], usual["gammas"], usual["epochs"], epochs)
