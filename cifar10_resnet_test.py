@@ -33,6 +33,7 @@ import models
 from utils.base.arguments import OneLineParser
 from utils.base.errors import UserError, run_main
 from utils.tables.comparison_line import comparison_line
+from utils.tables.runs import describe_source
 from utils.train import options, setup
 from utils.train.distributed import first_on_machine, from_first, is_first, on_all, process_group, synchronise_batchnorm
 from utils.train.resume import choose_start
@@ -115,7 +116,10 @@ def main(argv: list[str] | None = None) -> Path | None:
 
         # Data.
         images = first_on_machine(lambda: load_images(args, device))
-        network_facts = setup.use_normalisation(images, start.checkpoint)
+        network_facts = {
+            "input_shape": list(images.train.image_shape),
+            **setup.use_normalisation(images, start.checkpoint),
+        }
 
         # Networks and teacher.
         net = on_all(lambda: build_network(args, images, start.checkpoint))
@@ -129,6 +133,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         train_loader = on_all(lambda: setup.build_train_loader(images, args, device))
         test_loader = setup.build_test_loader(images, args, device)
         objective, facts = setup.build_objective(teacher, net, images, test_loader, args, device)
+        facts |= {"widths_from": describe_source(args.widths_of)} if args.widths_of else {}
 
         # Optimizer.
         example = data.first_images(images.test, 2).to(device)

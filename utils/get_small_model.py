@@ -61,7 +61,10 @@ def main(argv: list[str] | None = None) -> Path:
         raise UserError(f"'{path}' would be replaced by what is made of it; choose another --save_path")
     test, images = None, None
     if args.data:
-        test = load_test_images(args.dataset or checkpoint.get("dataset", "cifar10"), args.data, shape[1])
+        loaded = load_images(args.dataset or checkpoint.get("dataset", "cifar10"), args.data, shape[1])
+        if checkpoint.get("normalisation"):
+            loaded.normalise_as(**checkpoint["normalisation"])
+        test = loaded.test
         images = data.first_images(test, COMPARED)
     small, report = make_small(net, torch.zeros(1, *shape), images, round_to=args.round_to)
     _, facts = write_small(net, small, report, arch, shape, folder, checkpoint=checkpoint, name=path.name)
@@ -70,18 +73,15 @@ def main(argv: list[str] | None = None) -> Path:
     if args.export:
         print(f"written: {export(small, torch.zeros(2, *shape), path, args.export)}")
     if test is not None:
-        used = {"mean": test.mean.flatten().tolist(), "std": test.std.flatten().tolist()}
-        for network in (net, small):
-            models.renormalise(network, checkpoint.get("normalisation"), used)
         print(compare_predictions(net, small, test))
     return path
 
 
-def load_test_images(dataset: str, path: str, size: int) -> data.ImageArrays | data.ImageFiles:
-    """The test images of a data set; `size` is the height and width that ImageNet's are scaled to."""
+def load_images(dataset: str, path: str, size: int) -> data.Data:
+    """A data set; `size` is the height and width that images of free size are scaled to."""
     if dataset == "imagenet":
-        return data.load_imagenet(path, size=size).test
-    return data.load(dataset, path, download=False).test
+        return data.load_imagenet(path, size=size)
+    return data.load(dataset, path, size=size if dataset == "folder" else None, download=False)
 
 
 @torch.no_grad()
@@ -89,6 +89,7 @@ def compare_predictions(net: nn.Module, small: nn.Module, test: data.ImageArrays
     """Accuracy of both and how many predictions agree, over a whole test set, in one line."""
     n = same = before = after = 0
     for images, labels in data.DataLoader(test, EVALUATION_BATCH):
+        images = test.normalise(images)
         of_net, of_small = net(images).argmax(1), small(images).argmax(1)
         same += int((of_net == of_small).sum())
         before += int((of_net == labels).sum())

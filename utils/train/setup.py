@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import shlex
 from itertools import islice
 
@@ -201,7 +202,13 @@ def worker_options(args: argparse.Namespace, device: torch.device) -> dict:
         persistent_workers=True,
         prefetch_factor=args.prefetch_factor,
         pin_memory=device.type == "cuda",
+        worker_init_fn=leave_process_group,
     )
+
+
+def leave_process_group(worker: int) -> None:
+    """Takes a worker out of the terminal's process group: Ctrl-C is for the training process, which ends its workers."""
+    os.setpgid(0, 0)
 
 
 def open_folder(args: argparse.Namespace, start: Start) -> RunFolder:
