@@ -157,6 +157,15 @@ def test_share_grows_along_the_cubic():
     assert pruning.alive[widest].sum() == 32
 
 
+@pytest.mark.parametrize("rate, round_to", [(0.7, 1), (0.55, 8)])
+def test_widths_at_the_end_are_the_planned_ones(rate, round_to):
+    """On the way a stage's width may round down later than the stage before it."""
+    _, _, pruning, _ = start(steps=60, HTrate=rate, round_to=round_to)
+    for step in range(60):
+        pruning.before_step(step)
+    assert torch.equal(pruning.plan.count(pruning.alive), uniform(pruning.plan, rate, round_to))
+
+
 @pytest.mark.parametrize("begin, end, steps", [(0, 0, 50), (1, 1, 50), (0.5, 0.5, 7), (0, 1, 1), (0.1, 0.9, 5000)])
 def test_everything_is_removed_whatever_the_schedule(begin, end, steps):
     net, _, pruning, _ = start(steps=steps, HTrate=0.5, begin=begin, end=end)
