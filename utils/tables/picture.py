@@ -19,13 +19,13 @@ def draw_accuracy(groups: list[Group], published: list[Published], path: Path) -
     panels: dict[str, list[tuple]] = {}  # title: (millions of multiply-adds, accuracy, bar, label, own)
     for group in sorted(groups, key=lambda group: -group.mean):
         run, costs = group.first, group.first.costs
-        if None in (costs.left, costs.full):
+        if costs.left is None:
             continue
-        title = "{arch} on {dataset}".format(**run.results)
-        if not group.may_stand_beside_published:
+        title = f"{run.arch} on {run.dataset}"
+        if not group.is_comparable:
             title += ": shorter runs and controls, not comparable with published figures"
         elif title not in panels:
-            like = run.results["dataset"], run.results["arch"]
+            like = run.dataset, run.arch
             rows = [row for row in published if (row.dataset, row.arch) == like and row.macs_cut is not None]
             at = [costs.full * (1 - row.macs_cut / 100) / 1e6 for row in rows]
             labels = [f"{row}{', pretrained' if row.init == 'pretrained' else ''}" for row in rows]
