@@ -80,7 +80,9 @@ def test_one_teacher_is_trained_first_for_all_seeds_or_given(plan):
     assert [row.needs for row in rows] == [None, rows[0].folder, rows[0].folder]
     assert rows[2].options["teacher"] == str(rows[0].folder / "checkpoint.resnet56.pth.tar")
     (row,) = plan("--teacher some.pth.tar", "prune_distill")
-    assert row.options["teacher"] == "some.pth.tar" and row.needs is None
+    assert row.options["teacher"] == "some.pth.tar" and row.options["arch"] == "resnet20" and row.needs is None
+    (row,) = plan("--teacher public.th --teacher_net resnet110", "distill")
+    assert row.options["arch"] == "resnet110" and row.options["arch_small"] == "resnet20"
 
 
 def test_flags_go_to_the_rows_they_concern_and_a_shortened_table_shares_one_schedule(plan):

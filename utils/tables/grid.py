@@ -49,7 +49,9 @@ def table_parser() -> OneLineParser:
     add("--rates", nargs="+", type=rate, default=[0.3], metavar="RATE", help="shares of the filters REMOVED (0.3)")
     add("--methods", nargs="+", default=usual, metavar="METHOD", help=f"{', '.join(METHODS)} ({' '.join(usual)})")
     add("--seeds", nargs="+", type=SEED, default=[1, 2, 3], metavar="SEED", help="seeds (1 2 3)")
-    add("--teacher_net", default="resnet56", metavar="ARCH", help="trained as teacher where there is no --teacher")
+    add(
+        "--teacher_net", default=None, metavar="ARCH", help="trained as teacher (resnet56), or the network of --teacher"
+    )
     add("--jobs", type=COUNT, default=1, help="runs at a time, each with a GPU or its share of CPU threads (1)")
     add("--dry_run", action="store_true", default=False, help="only prints the rows")
     return parser
@@ -75,7 +77,7 @@ def distil_and_compare(recipe: str, given: dict) -> None:
         raise UserError(f"{recipe} makes several runs; to continue, repeat the command and leave out --resume")
     given = {"save_path": RUNS / "distill", **fitted(recipe, given)}
     rate = given.pop("prune_rate", round(1 - given.pop("HTrate", recipe_settings("prune", "cifar10")["HTrate"]), 12))
-    given["nets"], given["teacher_net"] = [given.pop("arch_small", "resnet20")], given.pop("arch", "resnet56")
+    given["nets"], given["teacher_net"] = [given.pop("arch_small", "resnet20")], given.pop("arch", None)
     given["rates"], given["seeds"] = [rate], [given.pop("manualSeed", 1)]
     fill(
         {
@@ -104,7 +106,7 @@ def make_plan(given: dict) -> list[Row]:
     folder, file = Path(given.pop("save_path", RUNS / "table")), given.pop("teacher", None)
     for name in SET_HERE & given.keys():
         raise UserError(f"the table sets --{name} itself; use --nets, --rates, --methods and --seeds")
-    for arch in (*nets, teacher_net):
+    for arch in (*nets, teacher_net or "resnet56"):
         models.check_arch(arch)
     given = fitted("baseline", given) if "epochs" in given else given
     rows: dict[Path, Row] = {}
@@ -123,9 +125,13 @@ def make_plan(given: dict) -> list[Row]:
             **more,
         }
         needs = None
-        if recipe in TAUGHT:
-            needs = None if file else add("baseline", teacher_net, seeds[0])
-            options["teacher"] = file or str(needs / f"checkpoint.{teacher_net}.pth.tar")
+        if recipe in TAUGHT and file:
+            # The file may not name its network.
+            options |= {"teacher": file, **({"arch": teacher_net, "arch_small": arch} if teacher_net else {})}
+        elif recipe in TAUGHT:
+            net = teacher_net or "resnet56"
+            needs = add("baseline", net, seeds[0])
+            options["teacher"] = str(needs / f"checkpoint.{net}.pth.tar")
         parts = [options.get("dataset", "cifar10"), arch, re.sub(r"[^\w.]+", "-", method)]
         parts += [f"HT{more['HTrate']:g}"] if more else []
         parts += [f"{options['epochs']}-epochs"] if "epochs" in options else []

@@ -41,7 +41,8 @@ def draw_accuracy(groups: list[Group], published: list[Published], path: Path) -
     axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
     for panel, (title, points) in zip(axes, panels.items(), strict=True):
         for i, (macs, accuracy, bar, label, own) in enumerate(sorted(points, key=lambda point: -point[1])):
-            style = dict(fmt="oDv^"[i // 10 % 4], markersize=8) if own else dict(fmt="s", markersize=5, alpha=0.7)
+            marker = ("oDv^" if own else "sPX*")[i // 10 % 4]
+            style = dict(fmt=marker, markersize=8) if own else dict(fmt=marker, markersize=5, alpha=0.7)
             panel.errorbar(macs, accuracy, yerr=bar, color=f"C{i % 10}", capsize=3, label=label, **style)
         panel.set_title(title, loc="left", fontsize=9)
         panel.set(xlabel="multiply-adds (millions): published by their cut, own counted", ylabel="top-1 accuracy (%)")

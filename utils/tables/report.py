@@ -27,8 +27,8 @@ the same share of filters or, where that differs from layer to layer, cut multip
 stands own last epoch less published; † needs care, see `published.csv`. Multiply-adds of convolutions and linear layers
 for one image: counted in the network that is left, and by soft filter pruning's formula. Minutes are the whole run's.
 """
-README = ("network", "method", "epochs", "started from", "last (best) epoch", "multiply-adds", "published")
-SHORT = ("method", "epochs", "started from", "teacher", "last (best) epoch", "multiply-adds")
+README = ("network", "method", "epochs", "started from", "top-1 %: last (best) epoch", "multiply-adds", "published")
+SHORT = ("method", "epochs", "started from", "teacher", "top-1 %: last (best) epoch", "multiply-adds")
 SHORT = (*SHORT, "minutes, machine", "small network's speed-up", "log")
 MAIN = ("network", *SHORT[:6], "papers' formula", "published", *SHORT[6:])
 
@@ -46,7 +46,7 @@ def row_cells(group: Group, base: Path) -> dict[str, str]:
         "epochs": str(run.epochs),
         "started from": run.started_from,
         "teacher": run.teacher,
-        "last (best) epoch": group.accuracy(),
+        "top-1 %: last (best) epoch": group.accuracy(),
         "multiply-adds": counted + (f" (-{100 * costs.cut:.1f} %)" if costs.cut else ""),
         "papers' formula": f"-{100 * costs.formula_cut:.1f} %" if costs.formula_cut else "",
         "published": "<br>".join(f"{row}: **{group.mean - row.acc:+.2f}**" for row in beside),

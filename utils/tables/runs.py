@@ -193,7 +193,7 @@ def find_runs(folders: Iterable[Path]) -> tuple[list[Group], list[str]]:
 
     def order(group: Group) -> tuple:
         run = group.first
-        return run.dataset, len(run.arch), run.arch, run.epochs, run.pruned != 0, run.pruned or 0, run.name
+        return run.dataset, len(run.arch), run.arch, run.pruned != 0, run.epochs, run.pruned or 0, run.name
 
     return sorted(map(Group, members.values()), key=order), notes
 
