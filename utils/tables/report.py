@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from itertools import groupby
 from pathlib import Path
 
@@ -133,8 +132,6 @@ def main(argv: list[str] | None = None) -> None:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"'{folder}' is no folder; give folders that hold results.json")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # whatever a results.json holds, on any terminal
     groups, notes = find_runs(folders)
     print(make_report(groups, notes, base=Path.cwd()), end="")
     if args.picture:
