@@ -86,15 +86,13 @@ def test_one_teacher_is_trained_first_for_all_seeds_or_given(plan):
 
 
 def test_flags_go_to_the_rows_they_concern_and_a_shortened_table_shares_one_schedule(plan):
-    rows = plan("--epochs 10 --k 0.1 --kd logits:KL:1 --decay 0.001", "baseline", "prune", "prune_distill")
-    having = {name: {row.options["recipe"] for row in rows if name in row.options} for name in ("k", "kd", "decay")}
-    assert having == {
-        "k": {"prune", "prune_distill"},
-        "kd": {"prune_distill"},
-        "decay": {"baseline", "prune", "prune_distill"},
-    }
+    flags = "--epochs 10 --k 0.1 --kd logits:KL:1 --macs_cut 0.5 --decay 0.001 --rates 0.3 0.4"
+    rows = plan(flags, "baseline", "prune_gradual", "prune_distill")
+    having = [{name for name in ("k", "kd", "macs_cut", "HTrate", "decay") if name in row.options} for row in rows]
+    gradual, taught = {"k", "macs_cut", "decay"}, {"k", "kd", "HTrate", "decay"}
+    assert having == [{"decay"}, gradual, {"decay"}, taught, taught]
     lengths = [(row.options["epochs"], row.options["schedule"], row.options["gammas"]) for row in rows]
-    assert lengths == [(10, [1, 3, 6, 8], [10.0, 0.2, 0.2, 0.2])] * 4 and "10-epochs" in names(rows)[0]
+    assert lengths == [(10, [1, 3, 6, 8], [10.0, 0.2, 0.2, 0.2])] * 5 and "10-epochs" in names(rows)[0]
 
 
 @pytest.mark.parametrize(

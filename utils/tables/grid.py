@@ -4,9 +4,9 @@
     bash run_cifar.sh table DATA --epochs 10 --seeds 1 --methods prune "prune --no_regrow" --dry_run
 
 A method is a recipe, in quotes with flags of its own. Other flags are those of cifar10_resnet_test.py and hold for all
-rows. Teachers are trained first. --epochs scales the learning-rate schedule, which all rows then share. Repeat the
-command to continue: what is done is skipped, what was begun continues. Every run has its own folder in --save_path.
-Their comparison ends the table.
+rows that they concern. Teachers are trained first. --epochs scales the learning-rate schedule, which all rows then
+share. Repeat the command to continue: what is done is skipped, what was begun continues. Every run has its own folder
+in --save_path. Their comparison ends the table.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from utils.train.options import OPTIONS, make_parser, parse, recipe_settings
 from utils.train.recipes import fit_schedule
 from utils.train.run_folder import RUNS
 
-TAUGHT, WHOLE = ("distill", "prune_distill"), ("baseline", "distill")
-METHODS = ("baseline", "prune", "prune_gradual", *TAUGHT)
-# Options that a table sets itself; options of rows that prune, and of rows with a teacher.
+TAUGHT, WHOLE, GRADUAL = ("distill", "prune_distill"), ("baseline", "distill"), ("prune_gradual",)
+METHODS = ("baseline", "prune", *GRADUAL, *TAUGHT)
+# Options that a table sets itself; options of rows that prune, that prune gradually, and that have a teacher.
 SET_HERE = {"arch", "arch_small", "recipe", "HTrate", "prune_rate", "manualSeed", "resume", "evaluate", "widths_of"}
 OF_PRUNED = {option.name for option in OPTIONS["pruning"]}
+OF_GRADUAL = {option.name for option in OPTIONS["gradual pruning (--recipe prune_gradual)"]}
 OF_TAUGHT = {"kd", "loss", "ce_weight", "share_classifier"}
 
 
@@ -77,16 +78,10 @@ def distil_and_compare(recipe: str, given: dict) -> None:
         raise UserError(f"{recipe} makes several runs; to continue, repeat the command and leave out --resume")
     given = {"save_path": RUNS / "distill", **fitted(recipe, given)}
     rate = given.pop("prune_rate", round(1 - given.pop("HTrate", recipe_settings("prune", "cifar10")["HTrate"]), 12))
-    given["nets"], given["teacher_net"] = [given.pop("arch_small", "resnet20")], given.pop("arch", None)
-    given["rates"], given["seeds"] = [rate], [given.pop("manualSeed", 1)]
-    fill(
-        {
-            **given,
-            "methods": [recipe, "prune" if recipe == "prune_distill" else "baseline"],
-            "jobs": 1,
-            "dry_run": False,
-        }
-    )
+    given |= dict(nets=[given.pop("arch_small", "resnet20")], rates=[rate], seeds=[given.pop("manualSeed", 1)])
+    given |= dict(methods=[recipe, "prune" if recipe == "prune_distill" else "baseline"], jobs=1, dry_run=False)
+    given["teacher_net"] = given.pop("arch", None)
+    fill(given)
 
 
 def make_plan(given: dict) -> list[Row]:
@@ -100,10 +95,9 @@ def make_plan(given: dict) -> list[Row]:
         UserError: an unknown network or method, or an option that the table sets itself.
     """
     given = dict(given)
-    nets, rates, methods, seeds, teacher_net = (
-        given.pop(n) for n in ("nets", "rates", "methods", "seeds", "teacher_net")
-    )
-    folder, file = Path(given.pop("save_path", RUNS / "table")), given.pop("teacher", None)
+    nets, methods, rates, seeds = (given.pop(name) for name in ("nets", "methods", "rates", "seeds"))
+    teacher_net, file = given.pop("teacher_net"), given.pop("teacher", None)
+    folder = Path(given.pop("save_path", RUNS / "table"))
     for name in SET_HERE & given.keys():
         raise UserError(f"the table sets --{name} itself; use --nets, --rates, --methods and --seeds")
     for arch in (*nets, teacher_net or "resnet56"):
@@ -111,39 +105,32 @@ def make_plan(given: dict) -> list[Row]:
     given = fitted("baseline", given) if "epochs" in given else given
     rows: dict[Path, Row] = {}
 
-    def add(method: str, arch: str, seed: int, **more) -> Path:
+    def add(method: str, arch: str, seed: int, rate: float) -> Path:
         recipe, *flags = shlex.split(method)
         if recipe not in METHODS:
             raise UserError(f"unknown method '{method}'; choose from {', '.join(METHODS)}, flags in quotes with it")
-        others = (OF_PRUNED if recipe in WHOLE else set()) | (OF_TAUGHT if recipe not in TAUGHT else set())
+        others = OF_PRUNED if recipe in WHOLE else set()
+        others = others | (set() if recipe in TAUGHT else OF_TAUGHT) | (set() if recipe in GRADUAL else OF_GRADUAL)
         options = {name: value for name, value in given.items() if name not in others}
-        options |= {
-            **parse(script_parser(None, recipe), flags),
-            "recipe": recipe,
-            "arch": arch,
-            "manualSeed": seed,
-            **more,
-        }
+        options |= parse(script_parser(None, recipe), flags) | dict(recipe=recipe, arch=arch, manualSeed=seed)
         needs = None
+        if recipe not in WHOLE and "macs_cut" not in options:
+            options["HTrate"] = round(1 - rate, 12)
         if recipe in TAUGHT and file:
             # The file may not name its network.
             options |= {"teacher": file, **({"arch": teacher_net, "arch_small": arch} if teacher_net else {})}
         elif recipe in TAUGHT:
             net = teacher_net or "resnet56"
-            needs = add("baseline", net, seeds[0])
+            needs = add("baseline", net, seeds[0], rate)
             options["teacher"] = str(needs / f"checkpoint.{net}.pth.tar")
         parts = [options.get("dataset", "cifar10"), arch, re.sub(r"[^\w.]+", "-", method)]
-        parts += [f"HT{more['HTrate']:g}"] if more else []
+        parts += [f"HT{options['HTrate']:g}"] if "HTrate" in options else []
         parts += [f"{options['epochs']}-epochs"] if "epochs" in options else []
         row = Row(folder / "-".join([*parts, f"seed{seed}"]), options, needs)
         return rows.setdefault(row.folder, row).folder
 
-    for seed, arch, method in product(seeds, nets, methods):
-        if method.split()[0] in WHOLE or "--macs_cut" in method:
-            add(method, arch, seed)
-        else:
-            for rate in rates:
-                add(method, arch, seed, HTrate=round(1 - rate, 12))
+    for seed, arch, method, rate in product(seeds, nets, methods, rates):
+        add(method, arch, seed, rate)
     return list(rows.values())
 
 
