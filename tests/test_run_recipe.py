@@ -61,7 +61,7 @@ def test_without_gpu_the_run_is_short_and_says_how_to_get_the_full_one(recorded,
 
 
 def test_distilling_trains_a_teacher_then_the_student_with_and_without_it(recorded):
-    words = "prune_distill mydata --arch resnet56 --epochs 40 --manualSeed 3 --ce_weight 2 -b 32 --k 64 --prune_rate 0.4"
+    words = "prune_distill mydata --arch resnet56 --epochs 40 --seed 3 --ce_weight 2 -b 32 --k 64 --prune_rate 0.4"
     teacher, student, plain = recorded(words)
     file = Path("runs/distill/cifar10-resnet56-baseline-40-epochs-seed3/checkpoint.resnet56.pth.tar")
     length = "mydata --epochs 40 --schedule 1 10 19 26 32 --gammas 10 0.2 0.2 0.2 0.5"

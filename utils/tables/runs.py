@@ -40,8 +40,7 @@ class Run:
         pruned: share of the filters removed from every layer in %; None where there is no one share.
         data_remark: why the images are not those of published figures, "" where they are.
         remark: why the accuracy must not be set beside published ones, "" where it may.
-        method: as papers name it, with the rate.
-        name: method, and in what the recipe differs from that of its name.
+        name: method and rate, and in what the recipe differs from that of its name.
         key: what runs share that differ by their seed only.
     """
 
@@ -70,9 +69,9 @@ class Run:
         full = min(full, EPOCHS_FROM_TRAINED) if self.init == "pretrained" else full
         self.remark = self.data_remark or (f"{self.epochs} epochs instead of {full}" if self.epochs < full else "")
         cut = f" {100 * settings['macs_cut']:g} % of multiply-adds" if settings.get("macs_cut") else ""
-        self.method = self._method() + (cut or (f" {rate:g} %" if rate else ""))
         small_of = [f"of {results.get('widths_from') or 'unknown'}"] if self.is_small else []
-        self.name = ", ".join([self.method, *small_of, *self._special(usual)])
+        method = self._method() + (cut or (f" {rate:g} %" if rate else ""))
+        self.name = ", ".join([method, *small_of, *self._special(usual)])
         options = {name: value for name, value in identity(settings).items() if name not in FILES}
         own = [self.dataset, recipe, self.arch, teacher.get("arch"), teacher.get("sha256"), small_of, self.epochs]
         self.key = json.dumps([options, own, self.started_from, self.images, self.arithmetic], sort_keys=True)
@@ -130,7 +129,7 @@ class Group:
     Attributes:
         runs: ascending by seed; first: its first run, which stands for what they share.
         last, mean, half_width: {seed: last epoch's accuracy in %}, their mean, half its 95 % interval (None: one seed).
-        kind: what groups share whose accuracies may be compared with each other; title: the same in words.
+        title: what groups share whose accuracies may be compared with each other.
         is_comparable: may stand beside published rows.
     """
 
@@ -140,8 +139,8 @@ class Group:
         self.last = {run.seed: run.accuracy for run in self.runs}
         self.mean = sum(self.last.values()) / len(self.runs)
         self.half_width = half_width(list(self.last.values()), run.images[1])
-        self.kind = run.arch, run.dataset, run.epochs, run.init, run.images
-        self.title = f"{run.arch} on {run.dataset}, {run.epochs} epochs from {run.started_from}"
+        remark = f", {run.data_remark}" if run.data_remark else ""
+        self.title = f"{run.arch} on {run.dataset}, {run.epochs} epochs from {run.started_from}{remark}"
         self.is_comparable = not run.remark and not run.is_small
 
     def accuracy(self) -> str:
