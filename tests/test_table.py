@@ -119,7 +119,7 @@ def test_rows_run_once_and_done_ones_are_skipped(plan, go):
     failed, out = go(rows)
     assert not failed and "0 of 4 runs are done" in out and out.count("begins") == 4
     (rows[1].folder / "results.json").unlink()
-    other = (rows[0].folder / "results.json").read_text().replace("--recipe", "--v 0 --recipe")
+    other = (rows[0].folder / "results.json").read_text().replace("test.py", "test.py --decay 0.1")
     (rows[0].folder / "results.json").write_text(other)
     _, out = go(rows)
     assert "2 of 4 runs are done" in out and out.count("begins") == 2

@@ -48,7 +48,8 @@ class Row:
         """Whether the folder has the finished results of this very command."""
         try:
             results = json.loads((self.folder / "results.json").read_text())
-            return results["finished"] is True and results["command"].endswith(shlex.join(self.command()))
+            own = shlex.join([Path(TRAIN[1]).name, *self.command()])
+            return results["finished"] is True and results["command"].endswith(own)
         except (OSError, ValueError, LookupError):
             return False
 
