@@ -104,15 +104,10 @@ def build_objective(
     if args.share_classifier:
         share_classifier(teacher, net)
     terms = [parse_term(term) for term in args.kd]
+    wide = [str(term) for term in terms if term.on != "logits"]
+    if args.recipe == "prune_gradual" and args.shrink and wide:
+        raise UserError(f"--kd {wide[0]} compares widths, which the cuts change; compare logits, or add --shrink off")
     objective = Distillation(teacher, net, sample, terms, ce_weight=args.ce_weight)
-    if (
-        args.recipe == "prune_gradual"
-        and args.shrink
-        and any(len(maps.state_dict()) for maps in objective.adapters.values())
-    ):
-        raise UserError(
-            "--shrink on changes the student's widths while adapters are trained; use --kd on logits, or --shrink off"
-        )
     facts = {"arch": args.teacher_arch, "file": args.teacher, "accuracy": tested.top1, "sha256": args.teacher_sha256}
     return objective, {"teacher": facts}
 
