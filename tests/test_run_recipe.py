@@ -64,14 +64,14 @@ def test_distilling_trains_a_teacher_then_the_student_with_and_without_it(record
     words = "prune_distill mydata --arch resnet56 --epochs 40 --seed 3 --ce_weight 2 -b 32 --k 64 --prune_rate 0.4"
     teacher, student, plain = recorded(words)
     file = Path("runs/distill/cifar10-resnet56-baseline-40-epochs-seed3/checkpoint.resnet56.pth.tar")
-    length = "mydata --epochs 40 --schedule 1 10 19 26 32 --gammas 10 0.2 0.2 0.2 0.5"
+    length = "mydata --epochs 40 --schedule 1 10 19 26 32 --gammas 10.0 0.2 0.2 0.2 0.5"
     own = "--arch resnet20 --manualSeed 3"
     assert (
         f"{length} --batch_size 32 --recipe baseline --arch resnet56 --manualSeed 3 --save_path {file.parent}"
         in teacher
     )
     pruned = f"--recipe prune_distill {own} --HTrate 0.6 --teacher {file}"
-    assert f"{length} --ce_weight 2 --batch_size 32 --k 64 {pruned}" in student
+    assert f"{length} --ce_weight 2.0 --batch_size 32 --k 64 {pruned}" in student
     assert f"{length} --batch_size 32 --k 64 --recipe prune {own} --HTrate 0.6 --save_path" in plain
 
 
