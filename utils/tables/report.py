@@ -89,7 +89,8 @@ def readme_block(groups: list[Group]) -> str:
     """The README's table with its markers: the first full-length rows, or, while there are none, shorter ones."""
     full = [group for group in groups if group.is_comparable]
     rows = table(README, [row_cells(group, ROOT) for group in (full or groups)[:README_ROWS]])
-    return "\n\n".join([BEGIN, *([] if full else [NONE_YET]), rows, END])
+    more = "All rows, commands and logs, and what they do not show: [results/README.md](results/README.md)."
+    return "\n\n".join([BEGIN, *([] if full else [NONE_YET]), rows, more, END])
 
 
 def replace_block(text: str, block: str) -> str:
