@@ -11,6 +11,7 @@ import cifar10_resnet_test as script
 import models
 from data import DATASETS, Spec
 from data.synthetic import make_images
+from utils.prune.scores import SCORES
 from utils.train.losses import LOSSES, Loss
 
 
@@ -78,6 +79,15 @@ def test_toys_work_together_from_the_command_line(toys, tmp_path, monkeypatch):
     assert [layer["kept"] for layer in results["filters"]] == [6, 5, 3] and results["num_classes"] == 3
     small = models.load(folder / "small.toy.pth.tar")
     assert small.body[0].out_channels <= 6 and small(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
+
+
+def test_a_score_for_gradual_pruning(train, monkeypatch):
+    """The sum over entries, which for these weights ranks in another way than their norm."""
+    monkeypatch.setitem(SCORES, "sum", lambda filters: filters.weight.flatten(1).sum(1))
+    common = ["--recipe", "prune_gradual", "--epochs", 1, "--HTrate", 0.5, "--prune_begin", 0, "--prune_end", 0]
+    folders = [train(*common, "--prune_score", score, "--save_path", score) for score in ("sum", "norm")]
+    first, second = (json.loads((folder / "results.json").read_text())["filters"] for folder in folders)
+    assert first != second and [f["kept"] for f in first] == [f["kept"] for f in second]
 
 
 def test_the_ranking_decides_what_is_kept(toys):

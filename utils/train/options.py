@@ -32,6 +32,7 @@ from utils.base.arguments import (
     switch,
 )
 from utils.base.errors import UserError
+from utils.prune.scores import SCORES as PRUNE_SCORES
 from utils.train.distributed import DIST_TIMEOUT
 from utils.train.losses import LOSSES, check_terms, parse_term
 from utils.train.recipes import fit_schedule, recipes_of
@@ -166,7 +167,7 @@ OPTIONS: dict[str, list[Option]] = {
                        settings=dict(choices=("paper", "released")), phrases={"released": "heavy ball released"},
                        idle=lambda s: not s["v"]),
         _recipe_option("norm", "what ranks filters, a key of SCORES in AHSG-HT.py: their l2 or l1 norm (2)", score_name,
-                       2, settings=dict(choices=SCORES), network=True, idle=_keeps_all),
+                       2, settings=dict(choices=SCORES), network=True, idle=lambda s: _keeps_all(s) or not _not_gradual(s)),
         _recipe_option("no_regrow", "a removed filter stays removed (in the paper it may come back)", default=False,
                        phrases={True: "no regrowth"}, idle=lambda s: _keeps_all(s) or not _not_gradual(s)),
         _recipe_option("threshold_every", "when filters are thresholded (step)", str, "step",
@@ -182,7 +183,7 @@ OPTIONS: dict[str, list[Option]] = {
         _recipe_option("prune_end", "share of the steps after which nothing more is removed", SHARE, RECIPE,
                        idle=_not_gradual),
         _recipe_option("prune_score", "score of a filter: its norm, |gamma| of its BatchNorm, or Taylor (norm)", str,
-                       "norm", settings=dict(choices=("norm", "gamma", "taylor")), idle=_not_gradual),
+                       "norm", settings=dict(choices=PRUNE_SCORES), idle=_not_gradual),
         _recipe_option("tied", "remove channels that are added together, together (on)", switch, True,
                        settings=dict(metavar="on|off"), phrases={False: "untied"}, idle=_not_gradual),
         _recipe_option("allocation", "the same rate in all layers, or chosen over the whole network (uniform)", str,
@@ -420,8 +421,8 @@ def _check(args: argparse.Namespace, given: dict) -> None:
          f"--prune_begin {args.prune_begin} comes after --prune_end {args.prune_end}; give an earlier begin"),
         (gradual and args.HTrate == 1 and not args.macs_cut,
          f"recipe prune_gradual has nothing to remove, got {rate}; give --HTrate below 1 or --macs_cut"),
-        (gradual and {"no_regrow", "threshold_every", "heavy_ball"} & given.keys(),
-         "--no_regrow, --threshold_every and --heavy_ball are for the papers' recipes; leave them out"),
+        (gradual and {"norm", "no_regrow", "threshold_every", "heavy_ball"} & given.keys(),
+         "--norm, --no_regrow, --threshold_every and --heavy_ball are for the papers' recipes; see --prune_score"),
         (args.heavy_ball == "released" and args.threshold_every == "epoch",
          "--heavy_ball released thresholds at every step, as the release; leave out --threshold_every epoch"),
         (len(args.schedule) != len(args.gammas), f"--schedule has {len(args.schedule)} epochs and --gammas "
