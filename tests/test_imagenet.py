@@ -82,7 +82,7 @@ def test_use_pretrain(train, jpegs, tmp_path, monkeypatch):
     assert results(folder)["pretrained"].startswith(f"'{tmp_path / 'trained.pth'}'")
     args = script.parse_args(["-a", "resnet18", "--use-pretrain", str(jpegs)])
     assert (args.data_path, args.use_pretrain) == (str(jpegs), "torchvision")
-    with pytest.raises(UserError, match=r"layer1\.0\.conv3"):
+    with pytest.raises(UserError, match=r"layer1\.0\.conv1.*\[64, 64, 1, 1\]"):
         train("-a", "resnet50", "--use_pretrain", tmp_path / "trained.pth")
     monkeypatch.setattr(socket, "create_connection", lambda *_, **__: (_ for _ in ()).throw(OSError("unreachable")))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))

@@ -67,11 +67,13 @@ def widths(net):
 
 
 def check_released_widths(net, small, report):
-    before, after = count(net, images(1)), count(small, images(1))
-    assert (before.multiply_adds, after.multiply_adds) == (40_551_880, 20_327_048)
-    streams = [small.conv_1_3x3.out_channels, *(s[-1].conv_b.out_channels for s in (small.stage_2, small.stage_3))]
-    assert streams == [11, 24, 48]
-    assert not report.kept_whole and report.merged == 0
+    counts = [count(each, images(1)).multiply_adds for each in (net, small)]
+    assert counts == [40_551_880, 20_327_048] and not report.kept_whole and report.merged == 0
+    assert [c.out_channels for c in (small.conv_1_3x3, small.stage_2[2].conv_b, small.stage_3[2].conv_b)] == [
+        11,
+        24,
+        48,
+    ]
 
 
 def test_filters_of_the_released_network_halve_its_multiply_adds():
@@ -94,8 +96,6 @@ def test_filters_of_the_released_network_halve_its_multiply_adds():
 @pytest.mark.skipif(not RELEASED.is_file(), reason=f"no released checkpoint at {RELEASED}")
 def test_released_checkpoint_halves_its_multiply_adds(tmp_path, capsys):
     net = models.load(RELEASED, "resnet20")
-    for conv in (m for m in net.modules() if isinstance(m, nn.Conv2d)):
-        assert int(conv.weight.flatten(1).any(1).sum()) == {16: 11, 32: 22, 64: 44}[conv.out_channels]
     check_released_widths(net, *make_small(net, images(1)))
     path = tmp_path / "released.pth.tar"
     assert get_small_model.main([str(RELEASED), "--arch", "resnet20", "--save_path", str(path)]) == path
@@ -104,7 +104,6 @@ def test_released_checkpoint_halves_its_multiply_adds(tmp_path, capsys):
     with torch.no_grad():
         assert torch.equal(net(x).argmax(1), small(x).argmax(1))
     assert difference(net, small, x) < 5e-5
-    assert len(checkpoints.read(path)["kept"]["stage_2.0.conv_b.weight"]) == 24
 
 
 # -- random architectures --
@@ -112,7 +111,7 @@ def test_released_checkpoint_halves_its_multiply_adds(tmp_path, capsys):
 
 @pytest.mark.parametrize("constants", [True, False])
 def test_random_networks_are_equal(constants):
-    for seed in range(40):
+    for seed in range(30):
         net = RandomNet(seed + 1000 * constants)
         zero_filters(net, constants=constants)
         small, report = make_small(net, images(1, SIZE))
@@ -257,17 +256,6 @@ def test_batch_norm_constants(constant, options, width, moved):
     net = chain(constant, **options)
     small, report = make_small(net, images(1, 8))
     assert (small.first.out_channels, report.merged) == (width, moved)
-    assert difference(net, small, images(8, 8)) <= 1e-5
-
-
-def test_constants_stay_where_moving_them_costs_equality(monkeypatch):
-    def spoilt(channels):
-        channels.readers[1].module.weight.data.zero_()
-
-    monkeypatch.setattr(small_network, "merge_constants", spoilt)
-    net = chain([-1.0, 2, 3, 0])
-    small, report = make_small(net, images(1, 8))
-    assert (small.first.out_channels, report.merged) == (4, 0)
     assert difference(net, small, images(8, 8)) <= 1e-5
 
 
@@ -436,18 +424,24 @@ def test_option_a_stays_a_plain_zero_pad(end, order):
 # -- refusals --
 
 
-def test_a_network_that_differs_is_refused(monkeypatch):
-    def spoilt(channels):
-        channels.graph.get_submodule("net.stage_2.0.conv_b").weight.data += 1
-        return narrow(channels)
+def test_a_network_that_differs_is_refused_after_a_trial_without_merging(monkeypatch):
+    def spoil(function):
+        def spoilt(channels):
+            channels.readers[1].module.weight.data.zero_()
+            return function(channels)
 
-    monkeypatch.setattr(small_network, "narrow", spoilt)
-    with pytest.raises(UserError, match=r"differs by .* first at stage_2.0.conv_b; .*: report this network"):
-        make_small(pruned(CifarResNet(8)), images(1))
-    net = pruned(CifarResNet(8))
-    net.stage_3[-1].bn_b.weight.data *= 1e9
+        return spoilt
+
+    net = chain([-1.0, 2, 3, 0])
+    monkeypatch.setattr(small_network, "merge_constants", spoil(lambda channels: 0))
+    small, report = make_small(net, images(1, 8))
+    assert (small.first.out_channels, report.merged) == (4, 0) and difference(net, small, images(8, 8)) <= 1e-5
+    monkeypatch.setattr(small_network, "narrow", spoil(narrow))
+    with pytest.raises(UserError, match=r"differs by .* in a logit .*: report this network"):
+        make_small(net, images(1, 8))
+    net.head.weight.data *= 1e9
     with pytest.raises(UserError, match="too large for float32; train longer"):
-        make_small(net, images(1))
+        make_small(net, images(1, 8))
 
 
 def test_command_line_errors(tmp_path):
@@ -459,33 +453,13 @@ def test_command_line_errors(tmp_path):
         ([file], "would be replaced"),
         ([file, "--save_path", file], "would be replaced"),
         ([file, "--round_to", "0"], r"round_to.*whole number >= 1"),
-        ([file, "--data", tmp_path, "--save_path", tmp_path / "out"], "no cifar10 at"),
+        ([file, "--data", tmp_path, "--save_path", tmp_path / "out"], "no images of cifar10 at"),
     ):
         with pytest.raises(UserError, match=message):
             get_small_model.main([str(flag) for flag in flags])
 
 
-def test_a_file_whose_layers_do_not_fit_is_refused(tmp_path):
-    small, report = make_small(pruned(CifarResNet(8)), images(1))
-    content = pack(small, "resnet8", 10, (3, 32, 32), report.kept)
-    content["state_dict"]["stage_1.0.conv_a.weight"] = content["state_dict"]["stage_1.0.conv_a.weight"][:-1]
-    checkpoints.write(content, tmp_path / "file")
-    with pytest.raises(UserError, match="do not fit each other"):
-        models.load(tmp_path / "file")
-
-
 # -- files, and small networks that are trained on --
-
-
-def test_file_is_hardly_larger_than_its_weights(tmp_path):
-    net = models.resnet110()
-    for conv in (m for m in net.modules() if isinstance(m, nn.Conv2d)):
-        zero([conv], slice(conv.out_channels // 2, None))
-    small, report = make_small(net, images(1))
-    checkpoints.write(pack(small, "resnet110", 10, (3, 32, 32), report.kept, pads=report.pads), tmp_path / "file")
-    weights = 4 * sum(v.numel() for v in small.state_dict().values() if v.is_floating_point())
-    assert (tmp_path / "file").stat().st_size <= 1.05 * weights
-    assert difference(models.load(tmp_path / "file"), small, images(1)) == 0
 
 
 def test_command_makes_a_small_network_smaller_and_a_file_of_the_given_name(tmp_path, capsys):
@@ -556,7 +530,7 @@ def test_small_network_from_scratch_has_the_widths_and_new_weights(train):
     small = file
     for flags, message in (
         (["--widths_of", "nowhere.pth.tar"], "nowhere.pth.tar"),
-        (["--widths_of", small, "--evaluate", "--resume", small], "nothing to evaluate"),
+        (["--widths_of", small, "--evaluate", "--resume", small], "leave --evaluate out"),
         (["--widths_of", small, "--recipe", "baseline", "--resume", small], "leave one out"),
     ):
         with pytest.raises(UserError, match=message):
@@ -576,7 +550,7 @@ def test_export_takes_any_batch_size(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["small.resnet8.pt2"]
 
 
-def test_torchvisions_vgg_is_not_taken_for_the_projects():
+def test_torchvisions_vgg_is_told_from_the_projects():
     """Both libraries have a vgg11; the file's widths tell which it is."""
     with torch.device("meta"):
         for make, expected in ((models.build_torchvision, True), (models.build, False)):
