@@ -109,16 +109,3 @@ def test_where_nothing_can_be_written_each_run_decodes_and_says_so_in_one_line(t
     assert levels(tree) == LEVELS and sorted(p.name for p in tree.iterdir()) == ["test", "train"]
     printed = capsys.readouterr().out
     assert f"note: cannot write '{tree / NAME}' (No space left on device)" in printed and printed.count("\n") == 1
-
-
-def test_a_change_during_the_read_is_noticed_next_time(tree, monkeypatch):
-    read = image_trees.read_square
-
-    def slow(file, size):
-        image = read(file, size)
-        if file.endswith("test/dog/0.png"):
-            paint(tree / "train/cat/1.png", 99)
-        return image
-
-    monkeypatch.setattr(image_trees, "read_square", slow)
-    assert levels(tree) == LEVELS and levels(tree)[1] == 99

@@ -9,8 +9,8 @@ from fractions import Fraction
 
 import pytest
 import torch
-from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import ChainDataset, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader as TorchDataLoader
 
 from data import DataLoader, GrowingBatchSampler, ImageArrays, check_shared_memory
 from data import loader as loader_module

@@ -10,6 +10,7 @@ import pytest
 import torch
 from naive_ahsg import NaiveAHSG, brute_force_kept, filter_norm
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import AHSG_HT as ahsg_module
 from AHSG_HT import AHSG_HT, kept_count
@@ -84,14 +85,7 @@ def snapshot(tensors):
 
 
 def tensors_in(thing):
-    """Every tensor inside nested dicts, lists and tuples."""
-    if isinstance(thing, torch.Tensor):
-        return [thing]
-    if isinstance(thing, dict):
-        thing = list(thing.values())
-    if isinstance(thing, (list, tuple)):
-        return [t for inner in thing for t in tensors_in(inner)]
-    return []
+    return [leaf for leaf in tree_leaves(thing) if isinstance(leaf, torch.Tensor)]
 
 
 # -- SGD, the naive reference, the heavy ball --

@@ -21,11 +21,9 @@ from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 from utils.base.torchvision_import import import_torchvision
 from utils.bench import torchvision_networks
-from utils.small.channels import analyse
 from utils.small.counts import count
-from utils.small.cut import make_small, narrow, sliced
+from utils.small.cut import make_small, narrow
 from utils.small.output import export
-from utils.small.trace import trace
 
 RELEASED = Path(__file__).parents[2] / "shared" / "released" / "best.cifar10_resnet20.pth.tar"
 
@@ -171,9 +169,6 @@ def test_grouped_convolutions_take_fewer_groups(padding, constant, tmp_path, mon
         assert difference(net, small, images(4, 8)) <= 1e-5 and not report.kept_whole
         assert small.b.in_channels == small.b.out_channels == small.a.out_channels == small.head.in_features <= 24
         found.append(small.b.out_channels)
-        for name, value in small.state_dict().items():
-            if constant == 0 and name.startswith(("a.", "b.")) and name in report.slices:
-                assert torch.equal(sliced(net.state_dict()[name], report.slices[name]), value), name
     if not constant or not padding:  # else one constant channel stays in each group
         assert sum(found) < 0.85 * 12 * 24
     monkeypatch.setitem(models.REGISTRY, "grouped", lambda num_classes: Grouped(padding))
@@ -186,33 +181,6 @@ def test_torchvision_networks_are_equal_and_smaller(tmp_path):
     torchvision_networks.main([*least, "--save_path", str(tmp_path)])
     for row in json.loads((tmp_path / "networks.json").read_text())["timings"]:
         assert (row["result"], row["kept whole"]) == ("equal", "-") and row["saved (%)"] > least[row["network"]]
-
-
-# -- a set of channels of one's own --
-
-
-def test_chosen_channels_are_cut_and_reported():
-    """As a pruning method does in training: channels that still have an effect are removed; slices hold what was kept."""
-    torch.manual_seed(0)
-    net = pruned(CifarResNet(8), HTrate=1, steps=2)
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    channels = analyse(trace(net, images(2)))
-    stem = next(call for call in channels.layers if call.module is net.conv_1_3x3)
-    keep = torch.ones(len(channels.parents), dtype=torch.bool)
-    keep[channels.roots()[stem.made[3:7]]] = False
-    channels.select(channels.close(keep, by_weights=False))
-    assert channels.order(stem.made) == [0, 1, 2, *range(7, 16)]
-    slices = narrow(channels)
-    assert widths(net)["stage_1.0.conv_b"] == 12 and widths(net)["stage_1.0.conv_a"] == 16
-    assert net.stage_2[0].shortcut.new_channels == 32 - 12
-    for name, value in net.state_dict().items():
-        expected = sliced(before[name], slices[name]) if name in slices else before[name]
-        assert torch.equal(value, expected), name
-    # The same as the unpruned network with these channels at zero.
-    masked = CifarResNet(8)
-    masked.load_state_dict(before)
-    zero([masked.bn_1, masked.stage_1[0].bn_b], slice(3, 7))
-    assert difference(masked, net, images()) < 1e-5
 
 
 # -- constants --
