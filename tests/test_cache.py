@@ -29,27 +29,25 @@ def paint(path: Path, level: int) -> None:
     Image.new("RGB", (32, 32), (level, 0, 0)).save(path)
 
 
-def levels(root: Path, **options) -> list[int]:
-    """The red of every training image, as a run would read it."""
-    loaded = data.load("folder", root, **options)
-    assert loaded.test.labels.tolist() == [0, 1]
-    return loaded.train.images[:, 0, 0, 0].tolist()
-
-
 @pytest.fixture
-def decoded(monkeypatch) -> list[str]:
-    """Names of the images that were decoded."""
-    names, read = [], image_trees.read_square
-    monkeypatch.setattr(image_trees, "read_square", lambda file, size: (names.append(file), read(file, size))[1])
-    return names
+def levels(tree, monkeypatch):
+    """levels() reads as a run would: (the red of every training image, how many images were decoded for it)."""
+    decoded, read = [], image_trees.read_square
+    monkeypatch.setattr(image_trees, "read_square", lambda file, size: (decoded.append(file), read(file, size))[1])
+
+    def run(**options):
+        decoded.clear()
+        loaded = data.load("folder", tree, **options)
+        assert loaded.test.labels.tolist() == [0, 1]
+        return loaded.train.images[:, 0, 0, 0].tolist(), len(decoded)
+
+    return run
 
 
-def test_the_second_read_decodes_nothing_and_gives_the_same(tree, decoded, capsys):
-    for _ in range(2):
-        assert levels(tree) == LEVELS and len(decoded) == 8
+def test_the_second_read_decodes_nothing_and_gives_the_same(tree, levels, capsys):
+    assert levels() == (LEVELS, 8) and levels() == (LEVELS, 0)
     assert capsys.readouterr().out == f"the images are kept in {tree / NAME}\n"
-    levels(tree, size=48)
-    assert len(decoded) == 16 and levels(tree) == LEVELS and len(decoded) == 16
+    assert levels(size=48) == (LEVELS, 8) and levels() == (LEVELS, 0)
 
 
 def touch(tree):
@@ -68,13 +66,11 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_source_that_changed_is_decoded_again_and_cached_again(tree, decoded, change):
-    levels(tree)
+def test_a_source_that_changed_is_decoded_again_and_cached_again(tree, levels, change):
+    levels()
     CHANGES[change][0](tree)
-    decoded.clear()
-    assert levels(tree) == CHANGES[change][1] and decoded
-    decoded.clear()
-    assert levels(tree) == CHANGES[change][1] and not decoded
+    images = 7 if change == "deleted" else 8
+    assert levels() == (CHANGES[change][1], images) and levels() == (CHANGES[change][1], 0)
 
 
 def flip_a_pixel(path):
@@ -92,20 +88,19 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_cache_is_not_used(tree, decoded, damage):
-    levels(tree)
+def test_a_damaged_cache_is_not_used(tree, levels, damage):
+    levels()
     DAMAGES[damage](tree / NAME)
-    decoded.clear()
-    assert levels(tree) == LEVELS and len(decoded) == 8
+    assert levels() == (LEVELS, 8)
 
 
-def test_where_nothing_can_be_written_each_run_decodes_and_says_so_in_one_line(tree, monkeypatch, capsys):
+def test_where_nothing_can_be_written_each_run_decodes_and_says_so_in_one_line(tree, levels, monkeypatch, capsys):
     """A disk that is full after the first bytes; root may write everywhere."""
 
     def full(temporary, path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    assert levels(tree) == LEVELS and sorted(p.name for p in tree.iterdir()) == ["test", "train"]
+    assert levels() == (LEVELS, 8) and sorted(p.name for p in tree.iterdir()) == ["test", "train"]
     printed = capsys.readouterr().out
     assert f"note: cannot write '{tree / NAME}' (No space left on device)" in printed and printed.count("\n") == 1
