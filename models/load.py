@@ -62,8 +62,10 @@ def build_like(checkpoint: dict, arch: str, path: str | os.PathLike) -> nn.Modul
         UserError: no such network.
     """
     net = _build_full(checkpoint, arch, path)
-    # Only this project writes narrow networks; of another file load_weights names the weight of another shape.
-    return narrow_like(net, checkpoint["state_dict"], checkpoint.get("pads")) if "format" in checkpoint else net
+    if checkpoint.keys() <= {"state_dict", "normalisation", "library", *checkpoints.FROM_OTHERS}:
+        # Other projects write full networks; load_weights names the weight of another shape.
+        return net
+    return narrow_like(net, checkpoint["state_dict"], checkpoint.get("pads"))
 
 
 def build_with_widths(path: str | os.PathLike, arch: str, num_classes: int) -> nn.Module:

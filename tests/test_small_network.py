@@ -37,13 +37,20 @@ def difference(first, second, x):
     return float((first.eval()(x) - second.eval()(x)).abs().max())
 
 
-def pruned(net, HTrate=0.7, size=32, steps=1):
+def cut(net, size=32, **options):
+    """(the small network, the report), after a comparison on images that make_small has not seen."""
+    small, report = make_small(net, images(1, size), **options)
+    assert difference(net, small, 2 * images(8, size)) <= 1e-5
+    return small, report
+
+
+def pruned(net, HTrate=0.7, steps=1):
     """After some AHSG_HT steps on random images."""
     optimizer = AHSG_HT(net.parameters(), lr=0.01, momentum=0.9, HTrate=HTrate)
     net.train()
     for step in range(steps):
         optimizer.zero_grad()
-        F.cross_entropy(net(images(4, size, step)), torch.arange(4) % 10).backward()
+        F.cross_entropy(net(images(4, 32, step)), torch.arange(4) % 10).backward()
         optimizer.update_HSG(1)
         optimizer.step()
     return net.eval()
@@ -112,9 +119,7 @@ def test_random_networks_are_equal(constants):
     for seed in range(30):
         net = RandomNet(seed + 1000 * constants)
         zero_filters(net, constants=constants)
-        small, report = make_small(net, images(1, SIZE))
-        assert report.difference <= 1e-5, seed
-        assert difference(net, small, 2 * images(8, SIZE, seed)) <= 1e-5, seed
+        small, report = cut(net, SIZE)
         assert not report.kept_whole, (seed, report.kept_whole)
         if seed < 10:
             assert widths(make_small(small, images(1, SIZE))[0]) == widths(small), seed
@@ -165,8 +170,8 @@ def test_grouped_convolutions_take_fewer_groups(padding, constant, tmp_path, mon
         with torch.no_grad():
             net.bn_a.weight.fill_(1)
             net.bn_a.bias[dead[:10]] = constant
-        small, report = make_small(net, images(1, 8), images(4, 8))
-        assert difference(net, small, images(4, 8)) <= 1e-5 and not report.kept_whole
+        small, report = cut(net, 8, images=images(4, 8))
+        assert not report.kept_whole
         assert small.b.in_channels == small.b.out_channels == small.a.out_channels == small.head.in_features <= 24
         found.append(small.b.out_channels)
     if not constant or not padding:  # else one constant channel stays in each group
@@ -221,10 +226,8 @@ def chain(constant, **options):
     ],
 )
 def test_batch_norm_constants(constant, options, width, moved):
-    net = chain(constant, **options)
-    small, report = make_small(net, images(1, 8))
+    small, report = cut(chain(constant, **options), 8)
     assert (small.first.out_channels, report.merged) == (width, moved)
-    assert difference(net, small, images(8, 8)) <= 1e-5
 
 
 # -- operations without a rule --
@@ -258,11 +261,9 @@ GROUPED_TWICE = nn.Sequential(*[nn.Conv2d(6, 6, 1, groups=3)] * 2)
 
 @pytest.mark.parametrize("middle", [Shuffle(), nn.GroupNorm(3, 6), nn.PixelShuffle(1), nn.Softmax(1), GROUPED_TWICE])
 def test_unknown_operation_keeps_its_channels(middle):
-    net = ThreeConvs(middle)
-    small, report = make_small(net, images(1, 12))
+    small, report = cut(ThreeConvs(middle), 12)
     assert (small.a.out_channels, small.b.out_channels, small.c.out_channels) == (3, 6, 2)
     assert "middle" in report.kept_whole["b"] and "a" not in report.kept_whole
-    assert difference(net, small, images(4, 12)) <= 1e-5
 
 
 class InPlace(nn.Module):
@@ -291,102 +292,92 @@ VIEWS = [lambda x: x, lambda x: x.detach(), nn.Dropout(), lambda x: x[:, :, 1:],
 
 @pytest.mark.parametrize("change", [torch.relu_, torch.sigmoid_, nn.ReLU(inplace=True), *map(adds_to, VIEWS)])
 def test_values_that_share_storage_with_one_changed_in_place(change):
-    net = ThreeConvs(InPlace(change))
-    small, _ = make_small(net, images(1, 12))
-    assert difference(net, small, images(4, 12)) <= 1e-5
+    cut(ThreeConvs(InPlace(change)), 12)
 
 
 def test_stochastic_depth_and_depthwise_convolutions_are_followed():
-    net = ThreeConvs(nn.Sequential(import_torchvision().ops.StochasticDepth(0.5, "row"), nn.Conv2d(6, 6, 3, groups=6)))
-    small, report = make_small(net, images(1, 12))
+    depth = import_torchvision().ops.StochasticDepth(0.5, "row")
+    small, report = cut(ThreeConvs(nn.Sequential(depth, nn.Conv2d(6, 6, 3, groups=6))), 12)
     assert (small.b.out_channels, small.middle[1].groups, report.kept_whole) == (3, 3, {})
-    assert difference(net, small, images(4, 12)) <= 1e-5
 
 
-class Views(nn.Module):
-    """Shared layers, shared weights, a hard-coded width, a shortcut written by hand."""
+class Net(nn.Module):
+    """Layers by their names, and its forward pass as a function of itself and the images."""
 
-    def __init__(self):
+    def __init__(self, steps, **layers):
         super().__init__()
-        self.stem, self.twice = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
-        self.next, self.tied_a, self.tied_b = nn.Conv2d(6, 10, 3, 2, 1), nn.Conv2d(10, 10, 1), nn.Conv2d(10, 10, 1)
-        self.tied_b.weight = self.tied_a.weight
-        self.mix, self.last = nn.Conv2d(10, 10, 1), nn.Conv2d(10, 4, 1)
-        self.head = nn.Linear(4, 2)
+        self.steps = steps
+        for name, layer in layers.items():
+            setattr(self, name, layer)
 
     def forward(self, x):
-        x = F.relu(self.stem(x))
-        x = F.relu(self.twice(F.relu(self.twice(x))))
-        x = F.relu(self.next(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)))
-        x = F.relu(self.mix(x))
-        x = self.last(F.relu(self.tied_b(F.relu(self.tied_a(x)))))
-        return self.head(F.adaptive_max_pool2d(x, 1).view(-1, 4))
+        return self.steps(self, x)
+
+
+def conv(made, read, kernel=3, stride=1, padding=1):
+    return nn.Conv2d(read, made, kernel, stride, padding)
 
 
 def test_shared_layers_and_fixed_widths():
+    """Shared layers, shared weights, a hard-coded width, a shortcut written by hand."""
+
+    def steps(net, x):
+        x = F.relu(net.stem(x))
+        x = F.relu(net.twice(F.relu(net.twice(x))))
+        x = F.relu(net.next(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)))
+        x = F.relu(net.mix(x))
+        x = net.last(F.relu(net.tied_b(F.relu(net.tied_a(x)))))
+        return net.head(F.adaptive_max_pool2d(x, 1).view(-1, 4))
+
     torch.manual_seed(0)
-    net = Views()
+    layers = {"tied_a": conv(10, 10), "tied_b": conv(10, 10), "mix": conv(10, 10), "last": conv(4, 10)}
+    net = Net(steps, stem=conv(6, 3), twice=conv(6, 6), next=conv(10, 6, stride=2), head=nn.Linear(4, 2), **layers)
+    net.tied_b.weight = net.tied_a.weight
     zero([net.next], slice(3, 5))  # two channels of zeros come first in the shortcut
     zero([net.stem, net.twice, net.tied_a, net.tied_b, net.mix, net.last], slice(1, 3))
-    small, report = make_small(net, images(1, 8))
+    small, report = cut(net, 8)
     assert small.stem.out_channels == small.twice.out_channels == small.twice.in_channels == 4
     assert small.next.out_channels == 8 and small.mix.out_channels == 10
     assert small.last.out_channels == 4 and "last" in report.kept_whole and "tied_a" in report.kept_whole
-    assert difference(net, small, images(4, 8)) <= 1e-5
-
-
-class TwoRanks(nn.Module):
-    """A linear layer called on features and on positions, in either order; BatchNorm without weights."""
-
-    def __init__(self, features_first):
-        super().__init__()
-        self.features_first = features_first
-        self.conv, self.bn = nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6, affine=False)
-        self.next, self.linear, self.head = nn.Conv2d(6, 6, 3), nn.Linear(6, 6), nn.Linear(6, 2)
-
-    def forward(self, x):
-        x = F.relu(self.next(F.relu(self.bn(self.conv(x)))))
-        inputs = [x.mean((2, 3)), x.permute(0, 2, 3, 1)]
-        results = [self.linear(y) for y in (inputs if self.features_first else inputs[::-1])]
-        features, positions = results if self.features_first else results[::-1]
-        return self.head(F.relu(features)) + positions.mean((1, 2))[:, 2:4]
 
 
 @pytest.mark.parametrize("features_first", [True, False])
 def test_a_layer_called_on_two_ranks_of_input_keeps_its_shape(features_first):
+    """A linear layer called on features and on positions, in either order; BatchNorm without weights."""
+
+    def steps(net, x):
+        x = F.relu(net.next(F.relu(net.bn(net.conv(x)))))
+        inputs = [x.mean((2, 3)), x.permute(0, 2, 3, 1)]
+        results = [net.linear(y) for y in (inputs if features_first else inputs[::-1])]
+        features, positions = results if features_first else results[::-1]
+        return net.head(F.relu(features)) + positions.mean((1, 2))[:, 2:4]
+
     torch.manual_seed(0)
-    net = TwoRanks(features_first)
+    layers = {"conv": nn.Conv2d(3, 6, 3, bias=False), "bn": nn.BatchNorm2d(6, affine=False), "next": conv(6, 6)}
+    net = Net(steps, linear=nn.Linear(6, 6), head=nn.Linear(6, 2), **layers)
     zero([net.conv, net.next, net.linear], slice(0, 3))
-    small, report = make_small(net, images(1, 8))
+    small, report = cut(net, 8)
     assert (small.conv.out_channels, small.next.out_channels, small.linear.out_features) == (3, 6, 6)
-    assert {"linear", "next"} <= report.kept_whole.keys() and difference(net, small, images(4, 8)) <= 1e-5
-
-
-class Stages(nn.Module):
-    """Two stages with an option-A shortcut between them."""
-
-    def __init__(self, end):
-        super().__init__()
-        self.stem, self.conv, self.shortcut = nn.Conv2d(3, 4, 3, 1, 1), nn.Conv2d(4, 6, 3, 2, 1), OptionA(2)
-        self.last, self.end, self.head = nn.Conv2d(6, 6, 3, 1, 1), end, nn.Linear(6, 2)
-
-    def forward(self, x):
-        x = F.relu(self.stem(x))
-        x = F.relu(self.conv(x) + self.shortcut(x))
-        return self.head(F.relu(self.last(self.end(x))).mean((2, 3)))
+    assert {"linear", "next"} <= report.kept_whole.keys()
 
 
 @pytest.mark.parametrize("end, order", [(nn.Identity(), [1, 3, 0, 5]), (nn.GroupNorm(2, 6), [0, 1, 2, 3, 4, 5])])
 def test_option_a_stays_a_plain_zero_pad(end, order):
     """Channels that arrive come first; where the order may not change, the first stage keeps its dead channels."""
+
+    def steps(net, x):
+        x = F.relu(net.stem(x))
+        x = F.relu(net.conv(x) + net.shortcut(x))
+        return net.head(F.relu(net.last(net.end(x))).mean((2, 3)))
+
     torch.manual_seed(0)
-    net = Stages(end)
+    layers = {"stem": conv(4, 3), "conv": conv(6, 4, stride=2), "shortcut": OptionA(2), "last": conv(6, 6)}
+    net = Net(steps, end=end, head=nn.Linear(6, 2), **layers)
     zero([net.stem], [0, 2])
     zero([net.conv], [1, 2, 4])
-    small, report = make_small(net, images(1, 8))
+    small, report = cut(net, 8)
     assert report.kept["conv.weight"] == order and small.shortcut.new_channels == report.pads["shortcut"] == 2
     assert small.stem.out_channels == len(order) - 2
-    assert difference(net, small, images(4, 8)) <= 1e-5
 
 
 # -- refusals --
@@ -402,8 +393,8 @@ def test_a_network_that_differs_is_refused_after_a_trial_without_merging(monkeyp
 
     net = chain([-1.0, 2, 3, 0])
     monkeypatch.setattr(small_network, "merge_constants", spoil(lambda channels: 0))
-    small, report = make_small(net, images(1, 8))
-    assert (small.first.out_channels, report.merged) == (4, 0) and difference(net, small, images(8, 8)) <= 1e-5
+    small, report = cut(net, 8)
+    assert (small.first.out_channels, report.merged) == (4, 0)
     monkeypatch.setattr(small_network, "narrow", spoil(narrow))
     with pytest.raises(UserError, match=r"differs by .* in a logit .*: report this network"):
         make_small(net, images(1, 8))
