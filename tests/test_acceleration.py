@@ -313,7 +313,7 @@ def test_mini_batches_come_in_channels_last(tree):
     images = data.load("cifar10", tree)
     for part in (images.train, images.test):
         made, _ = part.__getitems__([3, 1, 2])
-        assert made.is_contiguous(memory_format=torch.channels_last)
+        assert part.normalise(made).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_reusing_freed_memory_changes_no_figure():

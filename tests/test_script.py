@@ -407,7 +407,7 @@ def damaged_trees(tree, tmp_path):
 
 def test_bad_data_gives_one_clear_line(train, tree, tmp_path):
     cases = damaged_trees(tree, tmp_path)
-    cases["no/such/path"] = "no/such/path.*does not exist"
+    cases["no/such/path"] = "no/such/path.*is no folder, and none can be made"
     for name, pattern in cases.items():
         with pytest.raises(UserError, match=pattern):
             train("--epochs", 1, data=tmp_path / name)

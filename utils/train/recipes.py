@@ -31,6 +31,8 @@ GRADUAL = dict(
     k=None,
     prune_begin=0.2,
     prune_end=0.6,
+    kd=["logits:KL:0.5"],
+    ce_weight=0.5,
     trained=dict(learning_rate=0.05, warmup=0.0, prune_begin=0.05, prune_end=0.5),
 )
 

@@ -109,7 +109,8 @@ def adopted_settings(given: dict, parser: OneLineParser, checkpoint: dict | None
     excluded |= {"HTrate", "macs_cut"} if {"HTrate", "prune_rate", "macs_cut"} & given.keys() else set()
     excluded |= {"kd"} if "loss" in given else set()
     excluded |= {"schedule"} if "fit_schedule" in given else set()
-    adopted = {name: saved[name] for name in names if name in saved and name not in excluded and name not in given}
+    known = {action.dest for action in parser._actions} - excluded - given.keys()
+    adopted = {name: saved[name] for name in names if name in saved and name in known}
     for name, value in adopted.items():
         check_saved(parser, name, value, given["resume"])
     if "arch" not in adopted and not excluded & {"arch"} and "arch" in checkpoint:
