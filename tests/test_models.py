@@ -9,11 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
-from AHSG_HT import AHSG_HT
 from models import public
 from models.resnet_cifar import CifarResNet, OptionA
 from models.vgg_cifar import CifarVGG
-from utils import get_small_model
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 from utils.base.torchvision_import import import_torchvision
@@ -69,10 +67,8 @@ def naive_resnet(weights, x, *, is_public=False):
 
     def convolution(x, prefix, names, stride=1):
         x = F.conv2d(x, weights[f"{prefix}{names[0]}.weight"], stride=stride, padding=1)
-        mean, var, weight, bias = (
-            weights[f"{prefix}{names[1]}.{n}"][:, None, None] for n in ("running_mean", "running_var", "weight", "bias")
-        )
-        return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+        parameters = ("running_mean", "running_var", "weight", "bias")
+        return F.batch_norm(x, *(weights[f"{prefix}{names[1]}.{n}"] for n in parameters))
 
     x = convolution(x, "", stem).relu()
     stages = []
@@ -111,37 +107,13 @@ def test_registry():
             network(21)
 
 
-class Toy(nn.Module):
-    """A user's network: an option of its own, layers of any name, a convolution as its head."""
+def test_the_number_of_classes_is_read_off_any_head(tmp_path, monkeypatch):
+    def make(num_classes=10):
+        return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, num_classes, 1))
 
-    def __init__(self, num_classes=10, hidden=8):
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
-        self.middle, self.verdict = nn.Conv2d(6, hidden, 1), nn.Conv2d(hidden, num_classes, 1)
-
-    @staticmethod
-    def options_of(state_dict):
-        return {"hidden": len(state_dict["middle.weight"])}
-
-    def forward(self, x):
-        return self.verdict(F.relu(self.middle(F.relu(self.norm(self.stem(x)))))).mean((2, 3))
-
-
-@pytest.mark.parametrize("entries", [{}, {"num_classes": 7}])
-def test_a_network_of_ones_own_is_one_registry_line(tmp_path, monkeypatch, entries):
-    """It is pruned, loaded and cut; the number of classes comes from the file."""
-    monkeypatch.setitem(models.REGISTRY, "toy", Toy)
-    net = trained(models.toy(7, hidden=5))
-    head, body = net.verdict.parameters(), [*net.stem.parameters(), *net.norm.parameters(), *net.middle.parameters()]
-    optimizer = AHSG_HT([{"params": body}, {"params": head, "HTrate": 1.0}], lr=0.01, HTrate=0.7)
-    net(images()).square().sum().backward()
-    optimizer.step()
-    checkpoints.write({"arch": "toy", "state_dict": net.state_dict(), **entries}, tmp_path / "toy.pth.tar")
-    small = models.load(get_small_model.main([str(tmp_path / "toy.pth.tar")]))
-    assert (small.stem.out_channels, small.middle.out_channels, small.num_classes) == (4, 3, 7)
-    with torch.no_grad():
-        assert torch.equal(models.load(tmp_path / "toy.pth.tar")(images()), net(images()))
-        torch.testing.assert_close(small(images()), net(images()), rtol=0, atol=1e-5)
+    monkeypatch.setitem(models.REGISTRY, "toy", make)
+    path = saved(tmp_path / "toy.pth", models.build("toy", 7).state_dict())
+    assert models.load(path, "toy").num_classes == 7
 
 
 # ResNet
