@@ -39,6 +39,8 @@ def download(name: str, path: Path) -> Path:
         f"put {folder} or an image tree (train/<class>/*, test/<class>/*) into '{path}', name another data path, "
         "or use --dataset synthetic to try the software"
     )
+    if not path.is_dir() and (path.exists() or not path.absolute().parent.is_dir()):
+        raise NoData(f"data path '{path}' is no folder, and none can be made there; {remedy}")
     print(f"no {name} in '{path}': downloading it there", flush=True)
     try:
         path.mkdir(exist_ok=True)

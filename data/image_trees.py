@@ -43,7 +43,8 @@ def list_tree(train: Path, test: Path) -> Tree:
             numbers = {name: label for label, name in enumerate(names[split])}
             files[split] = folder.make_dataset(root, numbers, is_valid_file=_is_image)
         except (FileNotFoundError, ValueError) as error:
-            raise UserError(f"expected {root}/<class>/<image> ({', '.join(IMAGE_SUFFIXES)}): {error}") from None
+            reason = f"{str(error).strip(' .')}: no images ({', '.join(IMAGE_SUFFIXES)})"
+            raise UserError(f"{reason}, expected {root}/<class>/<image>") from None
     if unmatched := sorted(set(names["train"]) ^ set(names["test"])):
         both = f"'{train}' and '{test}' must have the same class folders"
         raise UserError(f"{both}; only one has: {', '.join(unmatched[:5])}")

@@ -28,6 +28,19 @@ from utils.small.output import export
 RELEASED = Path(__file__).parents[2] / "shared" / "released" / "best.cifar10_resnet20.pth.tar"
 
 
+class Net(nn.Module):
+    """Layers by their names, and its forward pass as a function of itself and the images."""
+
+    def __init__(self, steps, **layers):
+        super().__init__()
+        self.steps = steps
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.steps(self, x)
+
+
 def images(n=4, size=32, seed=0):
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
@@ -144,18 +157,15 @@ def test_nothing_removable_is_left():
     assert strict >= 15
 
 
-class Grouped(nn.Module):
+def grouped(padding):
     """A grouped convolution between two others, as in ResNeXt."""
 
-    def __init__(self, padding=1):
-        super().__init__()
-        self.a, self.bn_a = nn.Conv2d(3, 24, 1), nn.BatchNorm2d(24)
-        self.b, self.bn_b = nn.Conv2d(24, 24, 3, 1, padding, groups=6), nn.BatchNorm2d(24)
-        self.head = nn.Linear(24, 5)
+    def steps(net, x):
+        x = F.relu(net.bn_b(net.b(F.relu(net.bn_a(net.a(x))))))
+        return net.head(x.mean((2, 3)))
 
-    def forward(self, x):
-        x = F.relu(self.bn_b(self.b(F.relu(self.bn_a(self.a(x))))))
-        return self.head(x.mean((2, 3)))
+    a, b = nn.Conv2d(3, 24, 1), nn.Conv2d(24, 24, 3, 1, padding, groups=6)
+    return Net(steps, a=a, bn_a=nn.BatchNorm2d(24), b=b, bn_b=nn.BatchNorm2d(24), head=nn.Linear(24, 5))
 
 
 @pytest.mark.parametrize("padding", [0, 1])
@@ -164,7 +174,7 @@ def test_grouped_convolutions_take_fewer_groups(padding, constant, tmp_path, mon
     found = []
     for seed in range(12):
         torch.manual_seed(seed)
-        net, dead = Grouped(padding).eval(), torch.randperm(24)
+        net, dead = grouped(padding).eval(), torch.randperm(24)
         zero([net.a, net.bn_a], dead[:10])
         zero([net.b, net.bn_b], dead[5:15])
         with torch.no_grad():
@@ -176,7 +186,7 @@ def test_grouped_convolutions_take_fewer_groups(padding, constant, tmp_path, mon
         found.append(small.b.out_channels)
     if not constant or not padding:  # else one constant channel stays in each group
         assert sum(found) < 0.85 * 12 * 24
-    monkeypatch.setitem(models.REGISTRY, "grouped", lambda num_classes: Grouped(padding))
+    monkeypatch.setitem(models.REGISTRY, "grouped", lambda num_classes: grouped(padding))
     checkpoints.write(pack(small, "grouped", 5, (3, 8, 8), report.kept), tmp_path / "file")
     assert difference(models.load(tmp_path / "file"), small, images(4, 8)) == 0
 
@@ -191,22 +201,17 @@ def test_torchvision_networks_are_equal_and_smaller(tmp_path):
 # -- constants --
 
 
-class Chain(nn.Module):
-    def __init__(self, padding=1, bias=False, act=F.relu):
-        super().__init__()
-        self.first, self.bn = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
-        self.second, self.head, self.act = nn.Conv2d(6, 4, 3, padding=padding, bias=bias), nn.Linear(4, 2), act
-
-    def forward(self, x):
-        x = self.second(self.act(self.bn(self.first(x))))
-        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
-
-
 @torch.no_grad()
-def chain(constant, **options):
+def chain(constant, padding=1, bias=False, act=F.relu):
     """The first layer's filters 2 to 5 are zero; what BatchNorm makes of them is `constant`."""
+
+    def steps(net, x):
+        x = net.second(act(net.bn(net.first(x))))
+        return net.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
     torch.manual_seed(0)
-    net = Chain(**options)
+    first, second = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.Conv2d(6, 4, 3, padding=padding, bias=bias)
+    net = Net(steps, first=first, bn=nn.BatchNorm2d(6), second=second, head=nn.Linear(4, 2))
     net.first.weight[2:] = 0
     net.bn.running_mean[2:] = -torch.tensor(constant)
     net.bn.running_var.fill_(1 - net.bn.eps)
@@ -266,17 +271,11 @@ def test_unknown_operation_keeps_its_channels(middle):
     assert "middle" in report.kept_whole["b"] and "a" not in report.kept_whole
 
 
-class InPlace(nn.Module):
-    """Its negative channels become others through an operation whose result is not used."""
-
-    def __init__(self, change):
-        super().__init__()
-        self.change = change
-
-    def forward(self, x):
-        x = x - 0.5
-        self.change(x)
-        return x
+def in_place(net, x):
+    """Negative channels become others through an operation whose result is not used."""
+    x = x - 0.5
+    net.change(x)
+    return x
 
 
 def adds_to(view):
@@ -292,26 +291,13 @@ VIEWS = [lambda x: x, lambda x: x.detach(), nn.Dropout(), lambda x: x[:, :, 1:],
 
 @pytest.mark.parametrize("change", [torch.relu_, torch.sigmoid_, nn.ReLU(inplace=True), *map(adds_to, VIEWS)])
 def test_values_that_share_storage_with_one_changed_in_place(change):
-    cut(ThreeConvs(InPlace(change)), 12)
+    cut(ThreeConvs(Net(in_place, change=change)), 12)
 
 
 def test_stochastic_depth_and_depthwise_convolutions_are_followed():
     depth = import_torchvision().ops.StochasticDepth(0.5, "row")
     small, report = cut(ThreeConvs(nn.Sequential(depth, nn.Conv2d(6, 6, 3, groups=6))), 12)
     assert (small.b.out_channels, small.middle[1].groups, report.kept_whole) == (3, 3, {})
-
-
-class Net(nn.Module):
-    """Layers by their names, and its forward pass as a function of itself and the images."""
-
-    def __init__(self, steps, **layers):
-        super().__init__()
-        self.steps = steps
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.steps(self, x)
 
 
 def conv(made, read, kernel=3, stride=1, padding=1):
