@@ -1,24 +1,23 @@
 """Keeps the pixels of a decoded image tree in one file beside it, so that later runs start within seconds.
 
-`.ahsg_cache_<size>.pt` is written by torch.save and read with weights_only. It is used only while its pixels have the
-checksum, and the names, sizes and modification times of all images the fingerprint that are stored with them.
+`.ahsg_cache_<size>.pt` is written and read as checkpoints are: atomically, with a checksum, without running code. It is
+used only while the names, sizes and modification times of all images have the fingerprint that is stored in it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import uuid
-import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from utils.base import checkpoint as checkpoints
+from utils.base.errors import UserError
+
 # Part of every fingerprint: change it when the same source files are to give other pixels.
-FORMAT = "ahsg-ht cache 2"
+FORMAT = "ahsg-ht cache 3"
 # {split: (uint8 images (N, 3, size, size), int64 labels (N,))} and class names in label order.
 Arrays = tuple[dict[str, tuple[Tensor, Tensor]], list[str]]
 
@@ -39,44 +38,19 @@ def read_cached(folder: Path, source: str, size: int, read: Callable[[], Arrays]
         size: height and width of the images.
     """
     path = folder / f".ahsg_cache_{size}.pt"
-    arrays = _load(path, source)
-    if arrays is None:
-        arrays = read()
-        kept = _save(path, source, arrays)
-        print(f"the images are kept in {path}" if kept else f"note: cannot write '{path}', each run decodes the images")
-    return arrays
-
-
-def _load(path: Path, source: str) -> Arrays | None:
     try:
-        stored = torch.load(path, weights_only=True)
-        intact = stored["source"] == source and stored["checksum"] == _checksum(stored["arrays"])
-        return stored["arrays"] if intact else None
-    except (
-        Exception
-    ):  # absent, or damaged, which makes the unpickler raise almost anything: the images are decoded again
-        return None
-
-
-def _checksum(arrays: Arrays) -> int:
-    """torch.load does not notice a changed bit of a tensor."""
-    checksum = 0
-    for images, labels in arrays[0].values():
-        checksum = zlib.crc32(labels.numpy(), zlib.crc32(images.numpy(), checksum))
-    return checksum
-
-
-def _save(path: Path, source: str, arrays: Arrays) -> bool:
-    """Atomically; False where the folder is not writable or the disk full."""
-    # A name of its own for every process, also on several machines that share the disk.
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        stored = checkpoints.read(path)
+        if stored.get("source") == source:
+            tensors = stored["state_dict"]
+            return {s: (tensors[f"{s}.images"], tensors[f"{s}.labels"]) for s in stored["splits"]}, stored["classes"]
+    except UserError:
+        pass  # absent or damaged: the images are decoded again
+    splits, classes = read()
+    tensors = {f"{s}.{n}": t for s, both in splits.items() for n, t in zip(("images", "labels"), both, strict=True)}
+    content = {"state_dict": tensors, "source": source, "splits": list(splits), "classes": classes}
     try:
-        with open(temporary, "xb") as file:
-            torch.save({"source": source, "checksum": _checksum(arrays), "arrays": arrays}, file)
-        os.replace(temporary, path)
-        return True
-    except (OSError, RuntimeError):  # torch's writer turns some of the system's errors into a RuntimeError
-        return False
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        checkpoints.write(content, path)
+        print(f"the images are kept in {path}")
+    except UserError as error:
+        print(f"note: {error}; each run decodes the images")
+    return splits, classes

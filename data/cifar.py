@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import torch
 
 from data.cache import Arrays
 from utils.base.errors import UserError
-from utils.base.files import PROBE_SECONDS, answers
+from utils.base.files import network_timeout
 from utils.base.torchvision_import import import_torchvision
 
 # torchvision's class and the folder of its unpacked files.
@@ -43,17 +42,12 @@ def download(name: str, path: Path) -> Path:
     if not path.is_dir() and (path.exists() or not path.absolute().parent.is_dir()):
         raise NoData(f"data path '{path}' is no folder, and none can be made there; {remedy}")
     print(f"no {name} in '{path}': downloading it there", flush=True)
-    if not answers(dataset_class.url):
-        raise NoData(f"no {name} in '{path}', and its download does not answer within {PROBE_SECONDS} s; {remedy}")
-    previous = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(PROBE_SECONDS)
     try:
         path.mkdir(exist_ok=True)
-        dataset_class(str(path), download=True)
+        with network_timeout():
+            dataset_class(str(path), download=True)
     except (OSError, RuntimeError) as error:
-        raise NoData(f"the download of {name} failed ({error}); {remedy}") from None
-    finally:
-        socket.setdefaulttimeout(previous)
+        raise NoData(f"the download of {name} into '{path}' failed ({error}); {remedy}") from None
     return path
 
 

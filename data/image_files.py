@@ -7,6 +7,7 @@ Test: Resize to 256 for a size of 224, CenterCrop(size).
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Sequence
@@ -23,8 +24,6 @@ from utils.base.torchvision_import import import_torchvision
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ON_BAD_IMAGE = ("skip", "stop")
-# A kilobyte can declare gigabytes of pixels. Pillow warns above this number; here it is refused before decoding.
-MAX_PIXELS = 89_478_485
 
 
 class BadImage(UserError):
@@ -108,16 +107,11 @@ class ImageFiles(ImageSet):
 
     def _read(self, index: int) -> Tensor:
         """uint8 (size, size, 3)."""
-        image = read_rgb(self.path(index), resized(self.size))
+        image = read_rgb(self.path(index))
         # torchvision draws from torch's global generator on the CPU.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(image_seed(self.seed, int(self._epoch), index))
             return torch.from_numpy(np.array(transform(self.size, self.augment)(image)))
-
-
-def resized(size: int) -> int:
-    """The shorter side that a test image is scaled to before the cut: 256 for 224."""
-    return size * 256 // 224
 
 
 @lru_cache
@@ -125,26 +119,17 @@ def transform(size: int, augment: bool):
     transforms = import_torchvision().transforms
     if augment:
         return transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()])
-    return transforms.Compose([transforms.Resize(resized(size)), transforms.CenterCrop(size)])
+    return transforms.Compose([transforms.Resize(size * 256 // 224), transforms.CenterCrop(size)])
 
 
 def image_seed(seed: int, epoch: int, index: int) -> int:
     """Of the random numbers of one image in one epoch."""
-    # splitmix64: torch's generator takes the low 32 bits only, which must differ for neighbouring images and epochs.
-    mixed = (seed * 1_000_003 + epoch) * 0x9E3779B97F4A7C15 + index
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed &= 0xFFFFFFFFFFFFFFFF
-        mixed = (mixed ^ (mixed >> shift)) * factor
-    mixed &= 0xFFFFFFFFFFFFFFFF
-    return (mixed ^ (mixed >> 31)) >> 1
+    # Hashed: torch's generator takes the low 32 bits only, which must differ for neighbouring images and epochs.
+    return int.from_bytes(hashlib.sha256(f"{seed} {epoch} {index}".encode()).digest()[:4], "little")
 
 
-def read_rgb(path: str, shorter_side: int) -> Image.Image:
+def read_rgb(path: str) -> Image.Image:
     """Decodes a file.
-
-    Args:
-        path: of the file.
-        shorter_side: what the image will be scaled to; a very long image that would become too large is refused.
 
     Raises:
         BadImage, UnreadableFile: naming the file.
@@ -153,7 +138,9 @@ def read_rgb(path: str, shorter_side: int) -> Image.Image:
         with warnings.catch_warnings():
             # ImageNet has hundreds of files with damaged camera data and intact pixels.
             warnings.simplefilter("ignore")
-            return _decode(path, shorter_side)
+            # A kilobyte can declare gigabytes of pixels. Pillow warns of them before it decodes.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return _decode(path)
     except MemoryError:
         raise
     except Exception as error:  # a damaged file makes the decoders raise almost anything
@@ -162,12 +149,8 @@ def read_rgb(path: str, shorter_side: int) -> Image.Image:
         raise BadImage(f"cannot read the image '{path}' ({error}); repair or remove it") from None
 
 
-def _decode(path: str, shorter_side: int) -> Image.Image:
+def _decode(path: str) -> Image.Image:
     with Image.open(path) as image:
-        width, height = image.size
-        scaled = shorter_side**2 * max(width, height) / max(1, min(width, height))
-        if max(width * height, scaled) > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} pixels, scaled or not, are more than {MAX_PIXELS:,}")
         if image.mode.startswith("I;16"):
             # Pillow's own conversion clips 16-bit grey at 255.
             return Image.fromarray((np.array(image) >> 8).astype(np.uint8)).convert("RGB")

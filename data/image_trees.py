@@ -17,8 +17,8 @@ from utils.base.torchvision_import import import_torchvision
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 # Bytes of decoded images that a process keeps in memory at most.
 MEMORY_LIMIT = 4 * 10**9
-# {split: [(file, label)]} in the order of classes and names, and the class names.
-Tree = tuple[dict[str, list[tuple[os.DirEntry, int]]], list[str]]
+# {split: [(path, label)]} in the order of classes and names, and the class names.
+Tree = tuple[dict[str, list[tuple[str, int]]], list[str]]
 
 
 def find_tree(path: Path, tests: tuple[str, ...] = ("test", "val")) -> tuple[Path, Path] | None:
@@ -30,41 +30,29 @@ def find_tree(path: Path, tests: tuple[str, ...] = ("test", "val")) -> tuple[Pat
 
 
 def list_tree(train: Path, test: Path) -> Tree:
-    """Lists the files of a tree.
+    """Lists the files of a tree; names that begin with a dot are left out.
 
     Raises:
         UserError: no class folders, an empty one, or other ones in `test` than in `train`.
     """
-    folders = {"train": class_folders(train), "test": class_folders(test)}
-    classes = list(folders["train"])
-    unmatched = sorted(set(classes) ^ set(folders["test"]))
-    if unmatched:
-        names = ", ".join(unmatched[:5])
-        raise UserError(f"'{train}' and '{test}' must have the same class folders; only one has: {names}")
-    files = {
-        split: [(entry, label) for label, name in enumerate(classes) for entry in by_class[name]]
-        for split, by_class in folders.items()
-    }
-    return files, classes
+    folder = import_torchvision().datasets.folder
+    files, names = {}, {}
+    for split, root in (("train", train), ("test", test)):
+        try:
+            names[split] = [name for name in folder.find_classes(root)[0] if not name.startswith(".")]
+            numbers = {name: label for label, name in enumerate(names[split])}
+            files[split] = folder.make_dataset(root, numbers, is_valid_file=_is_image)
+        except (FileNotFoundError, ValueError) as error:
+            reason = f"{str(error).strip(' .')}: no images ({', '.join(IMAGE_SUFFIXES)})"
+            raise UserError(f"{reason}, expected {root}/<class>/<image>") from None
+    if unmatched := sorted(set(names["train"]) ^ set(names["test"])):
+        both = f"'{train}' and '{test}' must have the same class folders"
+        raise UserError(f"{both}; only one has: {', '.join(unmatched[:5])}")
+    return files, names["train"]
 
 
-def class_folders(folder: Path) -> dict[str, list[os.DirEntry]]:
-    """{class name: image files}, both sorted by name."""
-    found = {}
-    for entry in _visible(folder):
-        if entry.is_dir():
-            found[entry.name] = [file for file in _visible(entry.path) if file.name.lower().endswith(IMAGE_SUFFIXES)]
-            if not found[entry.name]:
-                suffixes = ", ".join(IMAGE_SUFFIXES)
-                raise UserError(f"class folder '{entry.path}' has no images ({suffixes}); fill it or remove it")
-    if not found:
-        raise UserError(f"'{folder}' has no class folders; expected {folder}/<class>/<image>")
-    return found
-
-
-def _visible(folder: str | os.PathLike) -> list[os.DirEntry]:
-    with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(IMAGE_SUFFIXES) and not os.path.basename(path).startswith(".")
 
 
 def read_tree(root: Path, tree: Tree, size: int) -> Arrays:
@@ -73,17 +61,16 @@ def read_tree(root: Path, tree: Tree, size: int) -> Arrays:
     Raises:
         UserError: an image that cannot be read; more than MEMORY_LIMIT.
     """
-    splits, classes = tree
-    entries = [(split, classes[label], entry) for split, files in splits.items() for entry, label in files]
-    needed = len(entries) * 3 * size * size
+    paths = [path for files in tree[0].values() for path, _ in files]
+    needed = len(paths) * 3 * size * size
     if needed > MEMORY_LIMIT:
         raise UserError(
-            f"the {len(entries)} images of '{root}' take {needed / 1e9:.1f} GB at {size}x{size}, at most "
+            f"the {len(paths)} images of '{root}' take {needed / 1e9:.1f} GB at {size}x{size}, at most "
             f"{MEMORY_LIMIT / 1e9:g} are kept in memory; use a smaller --image_size, or imagenet_resnet_test.py, which "
             "decodes images when they are needed"
         )
     try:
-        stats = [(f"{split}/{name}/{entry.name}", entry.stat()) for split, name, entry in entries]
+        stats = [(path.removeprefix(str(root)), os.stat(path)) for path in paths]
     except OSError as error:
         raise UserError(f"cannot read the image '{error.filename}' ({error.strerror}); repair or remove it") from None
     return read_cached(root, fingerprint(stats), size, lambda: _decode_tree(tree, size))
@@ -95,15 +82,15 @@ def _decode_tree(tree: Tree, size: int) -> Arrays:
     for split, files in splits.items():
         images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
         # One after another: decoding small images hardly leaves the interpreter's lock, threads made it twice as slow.
-        for i, (entry, _) in enumerate(files):
-            images[i] = read_square(entry.path, size)
+        for i, (path, _) in enumerate(files):
+            images[i] = read_square(path, size)
         arrays[split] = images, torch.tensor([label for _, label in files])
     return arrays, classes
 
 
 def read_square(file: str, size: int) -> Tensor:
     """uint8 (3, size, size): the shorter side scaled to `size`, the centre cut out."""
-    image = read_rgb(file, size)
+    image = read_rgb(file)
     if image.size != (size, size):
         functional = import_torchvision().transforms.functional
         image = functional.center_crop(functional.resize(image, size), size)

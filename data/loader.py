@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from functools import partial
 from itertools import islice
 
 import torch
@@ -86,9 +85,7 @@ class DataLoader(TorchDataLoader):
                 f"batch_sampler replaces batch_size, k, shuffle, sampler and drop_last; got k={k!r} beside it"
             )
         if collate_fn is None:
-            collate_fn = _unchanged if getattr(dataset, "returns_batches", False) else default_collate
-            if num_replicas > 1:
-                collate_fn = partial(_collate_share, collate_fn)
+            collate_fn = _unchanged if getattr(dataset, "returns_batches", False) else _collate_share
         self.seed = seed
         self._grows = isinstance(batch_sampler, GrowingBatchSampler)
         self._seed_workers = torch_options.get("generator") is None
@@ -98,9 +95,8 @@ class DataLoader(TorchDataLoader):
         super().__init__(dataset, batch_sampler=batch_sampler, **torch_options)
         self._epoch = 0  # of the next iter(), or the current one
         self._position = 0  # mini-batches of epoch _epoch that were handed out
-        self._pass = (
-            None  # identifies the iterator of epoch _epoch, once it has begun; older ones change nothing any more
-        )
+        # Identifies the iterator of epoch _epoch, once it has begun; older ones change nothing any more.
+        self._pass = None
 
     @property
     def epoch(self) -> int:
@@ -207,6 +203,6 @@ def _unchanged(batch):
     return batch
 
 
-def _collate_share(collate, samples):
+def _collate_share(samples):
     """An empty share of a mini-batch (fewer samples than ranks) comes through as []."""
-    return collate(samples) if len(samples) else []
+    return default_collate(samples) if samples else []

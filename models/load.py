@@ -10,7 +10,7 @@ from torch import nn
 from models.initialise import initialise
 from models.public import convert_public
 from models.registry import REGISTRY, build, build_torchvision, is_torchvisions
-from models.small import misfit, narrow_like
+from models.small import narrow_like
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 
@@ -48,7 +48,7 @@ def load_checkpoint(path: str | os.PathLike, arch: str | None = None) -> dict:
     Raises:
         UserError: the file is missing or damaged, does not name its network, or is of a network with other layers.
     """
-    checkpoint = convert_public(checkpoints.read(path), arch, path)
+    checkpoint = convert_public(checkpoints.read(path))
     arch = checkpoint.get("arch") or arch
     if arch is None:
         raise UserError(f"'{path}' does not name its network; use --arch with one of {', '.join(REGISTRY)}")
@@ -59,18 +59,13 @@ def build_like(checkpoint: dict, arch: str, path: str | os.PathLike) -> nn.Modul
     """An untrained network with the shapes of a checkpoint's weights, which may be a small network's.
 
     Raises:
-        UserError: no such network, or layers that do not fit each other.
+        UserError: no such network.
     """
     net = _build_full(checkpoint, arch, path)
-    full = {name: value.shape for name, value in net.state_dict().items()}
-    narrow_like(net, checkpoint["state_dict"], checkpoint.get("pads"))
-    if all(value.shape == full[name] for name, value in net.state_dict().items()):
+    if checkpoint.keys() <= {"state_dict", "normalisation", "library", *checkpoints.FROM_OTHERS}:
+        # Other projects write full networks; load_weights names the weight of another shape.
         return net
-    reason = misfit(net, checkpoint.get("input_shape", input_shape(arch, checkpoint)))
-    if reason and checkpoint.get("small"):
-        raise UserError(f"the layers in '{path}' do not fit each other ({reason}); use an intact file")
-    # Otherwise no small network: load_weights names the weight of another shape.
-    return _build_full(checkpoint, arch, path) if reason else net
+    return narrow_like(net, checkpoint["state_dict"], checkpoint.get("pads"))
 
 
 def build_with_widths(path: str | os.PathLike, arch: str, num_classes: int) -> nn.Module:

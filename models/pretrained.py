@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.load import last_layer
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
-from utils.base.files import answers
+from utils.base.files import network_timeout
 from utils.base.torchvision_import import import_torchvision
 
 # The weights that papers on pruning start from (ResNet-50: 76.13 % top-1); newer ones come of another recipe.
@@ -52,12 +52,9 @@ def _torchvisions_weights(arch: str) -> tuple[dict[str, Tensor], str]:
     if weights is None:
         raise UserError(f"torchvision has no trained weights of {arch}; use --use_pretrain FILE, or leave it out")
     cached = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
-    remedy = f"put the file at '{cached}', or use --use_pretrain FILE"
-    if not cached.is_file() and not answers(weights.url):
-        raise UserError(
-            f"the trained weights of {arch} are not here and their download does not answer ({weights.url}); {remedy}"
-        )
     try:
-        return weights.get_state_dict(progress=False, check_hash=True), f"torchvision's {weights}"
+        with network_timeout():
+            return weights.get_state_dict(progress=False, check_hash=True), f"torchvision's {weights}"
     except (OSError, RuntimeError) as error:
+        remedy = f"put {weights.url} at '{cached}', or use --use_pretrain FILE"
         raise UserError(f"the download of the trained weights of {arch} failed ({error}); {remedy}") from None

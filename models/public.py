@@ -11,47 +11,31 @@ import re
 
 from torch import Tensor
 
-from models.registry import REGISTRY
 from models.resnet_cifar import STAGE_WIDTHS
-from utils.base.errors import UserError
 
 # Mean and std of the images (in 0..1) that these networks were trained on: those of ImageNet.
 NORMALISATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 OUTER_NAMES = {"conv1": "conv_1_3x3", "bn1": "bn_1", "linear": "classifier"}
 
 
-def convert_public(checkpoint: dict, arch: str | None, path: object) -> dict:
+def convert_public(checkpoint: dict) -> dict:
     """A public CIFAR ResNet's checkpoint with this project's names, "arch" and "normalisation"; any other as it is.
 
     Args:
         checkpoint: of utils.base.checkpoint.read.
-        arch: the network that it is taken for, where the file does not name it.
-
-    Raises:
-        UserError: it is a CIFAR ResNet of another kind; the message names what differs.
     """
-    weights, arch = checkpoint["state_dict"], checkpoint.get("arch") or arch
-    is_cifar = {"conv1.weight", "layer3.0.conv1.weight"} <= weights.keys() and "layer4.0.conv1.weight" not in weights
-    if "format" in checkpoint or not is_cifar or not re.fullmatch(r"resnet\d+", arch or "resnet20"):
+    weights = checkpoint["state_dict"]
+    is_public = "layer3.0.conv1.weight" in weights and all(_is_public(name, value) for name, value in weights.items())
+    if "format" in checkpoint or not is_public:
         return checkpoint
     blocks = sum(re.fullmatch(r"layer1\.\d+\.conv1\.weight", name) is not None for name in weights)
-    arch = f"resnet{6 * blocks + 2}"
-    if reason := _difference(weights) or (None if arch in REGISTRY else f"this project has no {arch}"):
-        raise UserError(f"'{path}' is not a CIFAR ResNet of the kind that is read here: {reason}; use another file")
-    return {"arch": arch, "state_dict": convert_weights(weights), "normalisation": NORMALISATION}
+    return {"arch": f"resnet{6 * blocks + 2}", "state_dict": convert_weights(weights), "normalisation": NORMALISATION}
 
 
-def _difference(weights: dict[str, Tensor]) -> str | None:
-    """What keeps these weights from being those of a network of this project."""
-    for name, value in weights.items():
-        stage = re.match(r"layer([123])\.\d+\.(conv|bn)[12]\.\w+$", name)
-        if "shortcut" in name or "downsample" in name:
-            return f"its shortcuts have weights ('{name}'), this project's have none"
-        if stage is None and name.split(".")[0] not in OUTER_NAMES:
-            return f"it has '{name}', where conv1, bn1, layer1 to layer3 and linear are expected"
-        if stage is not None and value.dim() and len(value) != STAGE_WIDTHS[int(stage[1]) - 1]:
-            return f"'{name}' has {len(value)} channels, where {STAGE_WIDTHS[int(stage[1]) - 1]} are expected"
-    return None if "linear.weight" in weights else "it has no 'linear.weight'"
+def _is_public(name: str, value: Tensor) -> bool:
+    """Whether these networks have a weight of this name and width."""
+    found = re.fullmatch(r"(conv1|bn1|linear|layer([123])\.\d+\.(conv|bn)[12])\.\w+", name)
+    return bool(found) and (not found[2] or not value.dim() or len(value) == STAGE_WIDTHS[int(found[2]) - 1])
 
 
 def convert_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -78,36 +78,12 @@ def pack(
         kept: {layer's weight: original indices of its filters}, as make_small reports them.
         facts: further plain entries.
     """
-    # Even a narrow ResNet-110 of 1.7 MB stays within 5 % of its weights: BatchNorm's counters are left out, which are
-    # read only where momentum is None; all weights are views of one tensor; equal lists are written once.
-    state = net.state_dict()
-    for name, module in net.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
-            state.pop(f"{name}.num_batches_tracked", None)
-    floats = {name: value.detach().cpu() for name, value in state.items() if value.dtype == torch.float32}
-    flat = torch.cat([value.flatten() for value in floats.values()])
-    parts = flat.split([value.numel() for value in floats.values()])
-    views = {name: part.view_as(value) for (name, value), part in zip(floats.items(), parts, strict=True)}
-    same: dict[tuple[int, ...], list[int]] = {}
     return {
         "small": True,
         "arch": arch,
         "num_classes": num_classes,
         "input_shape": list(input_shape),
-        "kept": {name: same.setdefault(tuple(at), at) for name, at in kept.items()},
+        "kept": kept,
         **facts,
-        "state_dict": {**state, **views},
+        "state_dict": {name: value.detach().cpu() for name, value in net.state_dict().items()},
     }
-
-
-@torch.no_grad()
-def misfit(net: nn.Module, input_shape: tuple[int, ...]) -> str | None:
-    """Why the widths of a network's layers do not fit each other; None where they do."""
-    was_training = net.training
-    try:
-        net.eval()(torch.zeros(1, *input_shape))
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    finally:
-        net.train(was_training)
-    return None

@@ -1,18 +1,25 @@
-"""Writing without loss, and what is read of files of this project and of others. Errors of a write: test_full_disk."""
+"""Checkpoints: written without loss; damaged, of others, or made to run code. Errors of a write: test_full_disk."""
 
 import errno
 import os
+import pickle
 import random
 
 import numpy as np
 import pytest
 import torch
 
-from AHSG_HT import AHSG_HT
 from models.resnet_cifar import CifarResNet
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
-from utils.small.filters import check_plan, count_zero_filters, format_plan, kept_filters, make_plan
+
+NAME = "checkpoint.resnet8.pth.tar"
+
+
+def refused(path, pattern):
+    with pytest.raises(UserError, match=pattern) as caught:
+        checkpoints.read(path)
+    assert "\n" not in str(caught.value) and f"'{path}'" in str(caught.value)
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -21,7 +28,6 @@ def test_the_file_before_is_kept(tmp_path, monkeypatch, links):
     path, previous = tmp_path / "checkpoint.pth.tar", tmp_path / "previous.pth.tar"
     if not links:
         monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
-    checkpoints.write({"state_dict": {"w": torch.tensor(0.0)}}, tmp_path / "best.pth.tar")
     for value in (1.0, 2.0, 3.0):
         assert previous.exists() == (value > 2)
         checkpoints.write({"state_dict": {"w": torch.tensor(value)}}, tmp_path / "best.pth.tar", path, keep=previous)
@@ -43,47 +49,101 @@ def test_random_states_come_back(tmp_path):
 def test_entries_of_others_are_read_where_they_are_what_their_names_say(tmp_path):
     optimizer = {"state": {}, "param_groups": []}
     good = {"arch": "resnet8", "epoch": 3, "best_prec1": torch.tensor([91.5]), "optimizer": optimizer}
-    bad = {"arch": ["resnet8"], "epoch": "3", "best_prec1": float("nan"), "optimizer": {"state": 1}}
+    bad = {"arch": ["resnet8"], "epoch": "3", "best_prec1": None, "optimizer": {"state": 1}}
     for entries, read in ((good, {**good, "best_prec1": 91.5}), (bad, {})):
         content = {"state_dict": {"module.w": torch.ones(1)}, "settings": {"HTrate": 1}, "num_classes": 3, **entries}
         torch.save(content, tmp_path / "file.pth")
         assert checkpoints.read(tmp_path / "file.pth") == {"state_dict": {"w": torch.ones(1)}, **read}
 
 
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_truncated_files_are_named(tmp_path, is_zip):
+    """In torch's present format, and in that before 1.6."""
+    path = tmp_path / "cut.pth.tar"
+    torch.save({"state_dict": CifarResNet(8).state_dict()}, path, _use_new_zipfile_serialization=is_zip)
+    intact = path.read_bytes()
+    for length in [0, 4, *random.Random(1).sample(range(len(intact)), 20), len(intact) - 1]:
+        path.write_bytes(intact[:length])
+        refused(path, "damaged")
+
+
+def test_flipped_bits_are_noticed_or_harmless(tmp_path):
+    """A zip file has checksums; its padding and dates are the only places where a byte may be anything."""
+    path, net = tmp_path / "flipped.pth.tar", CifarResNet(8, 10).state_dict()
+    checkpoints.write({"state_dict": net}, path)
+    intact, draw, noticed = path.read_bytes(), random.Random(2), 0
+    for position in draw.sample(range(len(intact)), 40):
+        content = bytearray(intact)
+        content[position] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+        try:
+            weights = checkpoints.read(path)["state_dict"]
+        except UserError:
+            noticed += 1
+        else:
+            assert all(torch.equal(weights[name], net[name]) for name in net)
+    assert noticed > 30
+
+
 @pytest.mark.parametrize(
-    "entries",
+    ("content", "named"),
     [
-        dict(num_classes=10**9),
-        dict(input_shape=[3, 10**6, 10**6]),
-        dict(epoch=-1),
-        dict(optimizer={"state": 1}),
-        dict(normalisation={"mean": [0.5]}),
+        (None, "no checkpoint at"),
+        (b"accuracy 91.71\n" * 100, "damaged"),
+        ([1, 2], "no state_dict"),
+        ({"epoch": 3}, "no state_dict"),
+        ({"state_dict": {}}, "no state_dict"),
+        ({"state_dict": {"a": 1}}, "'a' in its state_dict"),
+        ({"state_dict": {"w": torch.ones(1).expand(10**9)}}, "no intact tensor"),  # stride 0
+        ({"state_dict": {"w": torch.ones(2).to_sparse()}}, "no intact tensor"),
     ],
-    ids=str,
 )
-def test_own_entries_of_another_kind_are_named(tmp_path, entries):
-    path = tmp_path / "own.pth.tar"
-    checkpoints.write({"state_dict": CifarResNet(8, 10).state_dict(), **entries}, path)
-    with pytest.raises(UserError, match=f"entry '{next(iter(entries))}' in"):
-        checkpoints.read(path)
+def test_files_without_weights_are_named(tmp_path, content, named):
+    path = tmp_path / "empty.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    refused(path, named)
 
 
-def test_the_plan_lists_every_convolution():
-    net = CifarResNet(8)
-    plan = make_plan(net, AHSG_HT(net.parameters(), HTrate=0.7))
-    expected = [(16, 11, 5)] * 3 + [(32, 22, 10)] * 2 + [(64, 44, 20)] * 2
-    assert [(layer.filters, layer.kept, layer.removed) for layer in plan] == expected
-    assert "7 convolutions, 240 filters: 165 kept, 75 removed" in format_plan(plan)
-    with pytest.raises(UserError, match=r"conv_1_3x3\.weight has 16 filters.*plan keeps 11"):
-        check_plan(plan, kept_filters(net))
+class Payload:
+    def __init__(self, trap):
+        self.trap = str(trap)
+
+    def __reduce__(self):
+        return open, (self.trap, "w")
 
 
-def test_a_filter_is_zero_only_with_its_bias():
-    net = CifarResNet(8)
-    with torch.no_grad():
-        net.conv_1_3x3.weight[[2, 5]] = 0
-        net.bn_1.bias[5] = 0.1
-    kept = kept_filters(net, {net.conv_1_3x3.weight: [net.bn_1.bias]})
-    assert kept["conv_1_3x3.weight"] == [i for i in range(16) if i != 2]
-    plan = make_plan(net, torch.optim.SGD(net.parameters(), lr=0.1))
-    assert count_zero_filters(plan, kept).startswith("1 of 16 (1 convolution), 0 of 16 (2 convolutions)")
+@pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
+def test_a_payload_never_runs(tmp_path, how):
+    trap, path = tmp_path / "trap", tmp_path / "evil.pth.tar"
+    content = {"format": checkpoints.FORMAT, "state_dict": {"w": torch.ones(3)}, "settings": {"x": Payload(trap)}}
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=how != "legacy")
+    refused(path, "could run code")
+    assert not trap.exists()
+    pickle.loads(pickle.dumps(content["settings"]))  # the payload is a working one
+    assert trap.exists()
+
+
+def test_auto_names_a_damaged_checkpoint_and_uses_the_one_before(train, capsys):
+    folder = train("--epochs", 2, "--save_path", "out", "--resume", "auto")
+    intact = torch.load(folder / NAME, weights_only=True)
+    (folder / NAME).write_bytes((folder / NAME).read_bytes()[:9999])
+    capsys.readouterr()
+    assert train("--epochs", 2, "--save_path", "out", "--resume", "auto") == folder
+    printed = capsys.readouterr().out
+    assert f"note: '{folder / NAME}' is damaged" in printed and "[Epoch=001/002]" in printed
+    again = torch.load(folder / NAME, weights_only=True)
+    assert all(torch.equal(again["state_dict"][name], value) for name, value in intact["state_dict"].items())
+    # The damaged file did not take the place of the good one that was used.
+    assert torch.load(folder / "previous.resnet8.pth.tar", weights_only=True)["epoch"] == 1
+    for file in folder.glob("*.pth.tar"):
+        file.write_bytes(b"PK\x03\x04")
+    before = sorted(folder.iterdir())
+    with pytest.raises(UserError, match="'out' has no checkpoint that can be read"):
+        train("--epochs", 2, "--save_path", "out", "--resume", "auto")
+    assert sorted(folder.iterdir()) == before

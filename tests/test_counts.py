@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import models
-from utils.small.counts import count, multiply_adds, papers_cut, peak_activation_bytes
+from utils.small.counts import count, multiply_adds, papers_cut
 
 
 @pytest.mark.parametrize(
@@ -23,8 +23,6 @@ def test_counts_of_a_network_are_those_of_the_formula_and_of_one_image(depth):
     blocks, unit = (depth - 2) // 6, 9 * 16 * 16 * 32 * 32
     assert found.multiply_adds == 9 * 3 * 16 * 32 * 32 + (6 * blocks - 1) * unit + 640
     assert found.parameters == sum(p.numel() for p in net.parameters())
-    # A block's input, and what one of its convolutions reads and makes: three tensors of 16x32x32.
-    assert found.peak_activation_bytes == 3 * 16 * 32 * 32 * 4
     assert papers_cut(depth, 1) == 0
 
 
@@ -44,9 +42,3 @@ TWICE = nn.Linear(4, 4)
 )
 def test_multiply_adds_of_one_layer(layer, shape, expected):
     assert sum(multiply_adds(nn.Sequential(layer), torch.zeros(shape)).values()) == expected
-
-
-def test_peak_activation_memory():
-    # Input 4 floats and output 6 live together; then 6 and 2. In-place ReLU and flatten take nothing.
-    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(6, 2))
-    assert peak_activation_bytes(net, torch.zeros(1, 4)) == 4 * 10

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ import imagenet_resnet_test as script
 import models
 from data import DataLoader, ImageFiles, first_images, load_imagenet
 from data.image_files import MEAN, STD, BadImage, UnreadableFile, image_seed
-from models import pretrained
 from utils.base.errors import UserError
 from utils.base.torchvision_import import import_torchvision
 
@@ -82,11 +82,11 @@ def test_use_pretrain(train, jpegs, tmp_path, monkeypatch):
     assert results(folder)["pretrained"].startswith(f"'{tmp_path / 'trained.pth'}'")
     args = script.parse_args(["-a", "resnet18", "--use-pretrain", str(jpegs)])
     assert (args.data_path, args.use_pretrain) == (str(jpegs), "torchvision")
-    with pytest.raises(UserError, match=r"layer1\.0\.conv3"):
+    with pytest.raises(UserError, match=r"layer1\.0\.conv1.*\[64, 64, 1, 1\]"):
         train("-a", "resnet50", "--use_pretrain", tmp_path / "trained.pth")
-    monkeypatch.setattr(pretrained, "answers", lambda url: False)
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: (_ for _ in ()).throw(OSError("unreachable")))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"trained weights of resnet18 .* does not answer .*--use_pretrain FILE"):
+    with pytest.raises(UserError, match=r"trained weights of resnet18 failed .*--use_pretrain FILE"):
         train("--use_pretrain")
 
 
@@ -186,20 +186,5 @@ def test_a_file_system_that_fails_is_no_bad_image(tmp_path):
     images = ImageFiles(tmp_path, ["gone.jpg"], [0], augment=False, on_bad_image="skip")
     with pytest.raises(UnreadableFile, match=r"gone\.jpg.*No such file"):
         images.__getitems__([0])
-
-
-ARCHIVES = {
-    "ILSVRC2012_img_train.tar": "mkdir -p {0}/train {0}/val && tar -xf {0}/ILSVRC2012_img_train.tar -C {0}/train",
-    "train/n01440764.tar": "one per class.*cd {0}/train && for f in .*tar -xf",
-    "val/ILSVRC2012_val_00000001.JPEG": "images without class folders",
-    "train/readme": "no image tree at '{0}': expected {0}/train/<class>",
-}
-
-
-@pytest.mark.parametrize("file", ARCHIVES)
-def test_archives_are_refused_with_the_command_that_unpacks_them(tmp_path, file):
-    (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_bytes(b"")
-    with pytest.raises(UserError, match=ARCHIVES[file].format(tmp_path)) as caught:
+    with pytest.raises(UserError, match=f"no image tree at '{tmp_path}': expected {tmp_path}/train/<class>"):
         load_imagenet(tmp_path)
-    assert "\n" not in str(caught.value)

@@ -9,8 +9,8 @@ from fractions import Fraction
 
 import pytest
 import torch
+from torch.utils.data import ChainDataset, Dataset, DistributedSampler, Sampler
 from torch.utils.data import DataLoader as TorchDataLoader
-from torch.utils.data import Dataset, DistributedSampler, IterableDataset, Sampler
 
 from data import DataLoader, GrowingBatchSampler, ImageArrays, check_shared_memory
 from data import loader as loader_module
@@ -18,24 +18,16 @@ from utils.base.errors import UserError
 
 # (batch_size, k, further arguments): each meaning of k, growths that end in decimals, and bounds.
 SCHEDULES = [
-    (8, None, {}),
-    (8, 0.1, {}),
+    *((8, k, {}) for k in (None, 0.1, 11, 32, 32.0)),
+    (3, 0.999, {}),
+    (1, 1, {}),
     (8, 0.37, {"max_batch_size": 50}),
     (8, 0.37, {"max_batch_size": 8}),
-    (3, 0.999, {}),
-    (8, 32, {}),
-    (8, 32.0, {}),
-    (8, 11, {}),
-    (1, 1, {}),
     (8, 0.1, {"growth": "exponential"}),
     (8, 0.25, {"growth": "exponential", "max_batch_size": 20}),
     *((100, k, {"max_batch_size": 5000}) for k in (0.01, 0.03, 0.07, 0.15, 0.3, 0.7)),
 ]
-SCHEDULE = pytest.mark.parametrize(
-    ("batch_size", "k", "options"),
-    SCHEDULES,
-    ids=[f"{b}-{k}-{'-'.join(map(str, o.values()))}" for b, k, o in SCHEDULES],
-)
+SCHEDULE = pytest.mark.parametrize(("batch_size", "k", "options"), SCHEDULES)
 DROP = pytest.mark.parametrize("drop_last", [False, True])
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
 
@@ -55,13 +47,13 @@ def wanted_size(t, batch_size, k, growth="linear", max_batch_size=None):
 
 def wanted_sizes(n, batch_size, k, drop_last=False, first_t=0, **options):
     """Sizes of one epoch's mini-batches over n samples, the schedule standing at first_t."""
-    sizes = []
+    sizes, left = [], n
     for t in itertools.count(first_t):
         size = wanted_size(t, batch_size, k, **options)
-        left = n - sum(sizes)
         if left == 0 or (drop_last and size > left):
             return sizes
         sizes.append(min(size, left))
+        left -= sizes[-1]
 
 
 class Numbers(Dataset):
@@ -82,11 +74,6 @@ class Noise(Numbers):
 
     def __getitem__(self, index):
         return torch.rand(())
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(range(10))
 
 
 def growing(seed=1, n=203, **options):
@@ -142,23 +129,22 @@ def test_schedule_continues_over_epochs(k, options, drop_last):
 
 @WORKERS
 @DROP
-@pytest.mark.parametrize(("k", "options"), [(None, {}), (0.1, {}), (32, {}), (0.2, {"growth": "exponential"})])
-def test_loader_yields_the_schedule_and_every_sample_once(workers, drop_last, k, options):
-    loader = DataLoader(Numbers(203), 8, k, True, num_workers=workers, drop_last=drop_last, **options)
-    sizes = wanted_sizes(203, 8, k, drop_last, **options)
-    batches = epoch_of(loader)
-    assert (len(loader), lengths(batches)) == (len(sizes), sizes)
-    assert len(set(itertools.chain(*batches))) == sum(sizes) and (drop_last or sum(sizes) == 203)
-
-
-def test_persistent_workers_serve_every_epoch():
-    """Continued schedule and shuffle through workers that outlive the epoch: as without workers."""
-    persistent = growing(restart=False, num_workers=2, persistent_workers=True)
-    plain = growing(restart=False)
-    assert [epoch_of(persistent) for _ in range(3)] == [epoch_of(plain) for _ in range(3)]
-    workers = persistent._iterator._workers
-    persistent.close()
-    assert not any(worker.is_alive() for worker in workers)
+def test_loader_yields_the_schedule_and_every_sample_once(workers, drop_last):
+    """Shuffled, through workers that outlive the epoch and close with it, and in the order of a sampler."""
+    options = {"num_workers": workers, "persistent_workers": workers > 0, "drop_last": drop_last}
+    loader = growing(restart=False, **options)
+    first_t = 0
+    for _ in range(3):
+        sizes, batches = wanted_sizes(203, 8, 0.1, drop_last, first_t), epoch_of(loader)
+        assert lengths(batches) == sizes and len(set(itertools.chain(*batches))) == sum(sizes)
+        first_t += len(sizes)
+    started = loader._iterator._workers if workers else []
+    loader.close()
+    assert not any(worker.is_alive() for worker in started)
+    order = list(range(50, -1, -1))
+    batches = epoch_of(DataLoader(Numbers(203), 8, 0.1, sampler=order, **options))
+    assert list(itertools.chain(*batches)) == order[: sum(map(len, batches))]
+    assert lengths(batches) == wanted_sizes(51, 8, 0.1, drop_last)
 
 
 def test_it_is_torchs_loader_with_its_keywords():
@@ -238,8 +224,11 @@ def test_abandoned_epoch_is_followed_by_a_new_one(workers, persistent):
     assert epoch_of(loader) == epochs[1]
 
 
-@pytest.mark.parametrize("taken", [0, 1, 7, 100])  # 100: all
-@pytest.mark.parametrize("options", [{}, {"restart": False}, {"num_replicas": 4, "rank": 2}])
+PREFETCHING = {"num_workers": 2, "prefetch_factor": 4}
+
+
+@pytest.mark.parametrize("taken", [0, 3, 100])  # 100: all
+@pytest.mark.parametrize("options", [{"restart": False}, {"num_replicas": 4, "rank": 2}, PREFETCHING])
 def test_saved_position_continues_with_the_same_batches(taken, options):
     """From epoch 1, after `taken` of its mini-batches, to the end of epoch 2; to a loader of another seed."""
     loader, other = growing(1, **options), growing(999, **options)
@@ -251,18 +240,6 @@ def test_saved_position_continues_with_the_same_batches(taken, options):
     remaining = epoch_of(running)
     continued = epoch_of(other) if remaining else []
     assert continued + epoch_of(other) == remaining + epoch_of(loader)
-
-
-@pytest.mark.parametrize("persistent", [False, True])
-def test_position_counts_what_was_handed_out_not_what_was_prefetched(persistent):
-    options = {"num_workers": 2, "prefetch_factor": 4, "persistent_workers": persistent}
-    loader, other = growing(**options), growing(**options)
-    running = iter(loader)
-    for _ in range(3):
-        next(running)
-    state = loader.state_dict()
-    other.load_state_dict(state)
-    assert state["position"] == 3 and epoch_of(running) == epoch_of(other)
 
 
 def test_state_within_the_last_round_and_below_a_running_iterator():
@@ -280,27 +257,7 @@ def test_state_within_the_last_round_and_below_a_running_iterator():
     assert loader.state_dict() == state
 
 
-@WORKERS
-def test_resumed_augmentation_is_bit_identical(workers):
-    pixels = torch.randint(0, 256, (60, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    images = ImageArrays(pixels, torch.arange(60), [0.5] * 3, [0.2] * 3, augment=True)
-    loader, other = (DataLoader(images, 8, 0.1, True, seed=1, num_workers=workers) for _ in range(2))
-    list(loader)
-    running = iter(loader)
-    next(running)
-    state = loader.state_dict()
-    expected = list(running)
-    other.load_state_dict(state)
-    assert all(map(torch.equal, itertools.chain(*expected), itertools.chain(*other)))
-
-
 # The arguments of torch's loader that replace ours
-
-
-def test_sampler_gives_the_order_and_the_sizes():
-    order = list(range(50, -1, -1))
-    batches = epoch_of(DataLoader(Numbers(203), 8, 0.1, sampler=order))
-    assert list(itertools.chain(*batches)) == order and lengths(batches) == wanted_sizes(51, 8, 0.1)
 
 
 @WORKERS
@@ -317,7 +274,7 @@ def test_batch_sampler_is_passed_through_and_its_position_continues(workers):
 # What is refused
 
 
-@pytest.mark.parametrize("k", [0, 0.0, 1, -0.1, 2, 63.5, 64.5, math.nan, math.inf, "0.1", True, False, [0.1], 1j])
+@pytest.mark.parametrize("k", [0, 1, -0.1, 63.5, 64.5, math.nan, math.inf, "0.1", True, [0.1]])
 def test_invalid_k_is_answered_with_the_three_meanings(k):
     with pytest.raises(ValueError, match=r"(?s)None.*0 < k < 1.*k >= batch_size") as error:
         DataLoader(Numbers(203), 64, k)
@@ -329,7 +286,6 @@ def test_invalid_k_is_answered_with_the_three_meanings(k):
     [
         ({"batch_size": 0}, "batch_size.*0"),
         ({"batch_size": 8.5}, r"batch_size.*8\.5"),
-        ({"batch_size": True}, "batch_size.*True"),
         ({"k": 0.1, "growth": "cubic"}, "growth.*cubic"),
         ({"growth": "exponential"}, "exponential.*None"),
         ({"k": 0.1, "max_batch_size": 7}, "max_batch_size.*7"),
@@ -339,8 +295,7 @@ def test_invalid_k_is_answered_with_the_three_meanings(k):
         ({"shuffle": True, "sampler": range(5)}, "sampler.*shuffle"),
         ({"shuffle": True, "seed": 1.5}, r"seed.*1\.5"),
         ({"batch_sampler": [[0]], "batch_size": 1, "k": 0.1}, "batch_sampler"),
-        ({"batch_sampler": [[0]], "batch_size": 1, "shuffle": True}, "batch_sampler"),
-        ({"dataset": Stream()}, "IterableDataset"),
+        ({"dataset": ChainDataset([])}, "IterableDataset"),
     ],
 )
 def test_bad_argument_is_named(arguments, named):
@@ -358,19 +313,14 @@ def test_bad_epoch_and_state_are_refused(bad):
 
 def test_shared_memory_that_is_too_small_is_one_line(monkeypatch):
     """2 workers with 3 mini-batches each and one in use, in 2 processes: 2 * 7 * 8 images of 3*64*64 bytes."""
-    images = ImageArrays(
-        torch.zeros(20, 3, 64, 64, dtype=torch.uint8), torch.arange(20), [0] * 3, [1] * 3, augment=False
-    )
+    pixels = torch.zeros(20, 3, 64, 64, dtype=torch.uint8)
+    images = ImageArrays(pixels, torch.arange(20), [0] * 3, [1] * 3, augment=False)
     needed = 2 * 7 * 8 * 3 * 64 * 64
     monkeypatch.setattr(loader_module, "SHARED_MEMORY", os.curdir)
     made = DataLoader(images, 4, 8, num_workers=2, prefetch_factor=3)
-    for free in (needed, needed - 1):
-        monkeypatch.setattr(
-            shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(2 * free, free, free)
-        )
-        check_shared_memory(DataLoader(images, 4, 8), processes=2)
-        if free == needed:
-            check_shared_memory(made, processes=2)
-        else:
-            with pytest.raises(UserError, match=r"1 MiB free, 4 workers with 3 mini-batches of 8 .*--prefetch_factor"):
-                check_shared_memory(made, processes=2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, needed))
+    check_shared_memory(made, processes=2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, needed - 1))
+    check_shared_memory(DataLoader(images, 4, 8), processes=2)  # no workers
+    with pytest.raises(UserError, match=r"1 MiB free, 4 workers with 3 mini-batches of 8 .*--prefetch_factor"):
+        check_shared_memory(made, processes=2)

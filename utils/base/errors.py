@@ -47,9 +47,6 @@ def run_main(main: Callable[[], object]) -> None:
         _exit(f"{error.strerror or error}{named}")
     except torch.cuda.OutOfMemoryError:
         _exit("the GPU's memory is full; use a smaller --batch_size and --k; the last checkpoint is intact")
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 def _exit(message: str, of_one_rank: bool = True) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import threading
-import urllib.request
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from utils.base.errors import UserError
 
-# Seconds after which a network that does not answer is given up.
+# Seconds after which a server that does not answer is given up.
 PROBE_SECONDS = 15
 # Ends the names of temporary files, which begin with a dot; what a killed process left is recognised by it.
 TEMPORARY = ".ahsg-ht.tmp"
@@ -26,8 +26,8 @@ def replace_file(path: Path, content: bytes | memoryview, *, keep: Path | None =
     Raises:
         UserError: the disk is full or the folder not writable; what was there before is untouched.
     """
-    temporary = path.with_name(f".{path.name}{TEMPORARY}")
-    second = None if keep is None else path.with_name(f".{keep.name}{TEMPORARY}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    second = None if keep is None else path.with_name(f".{keep.name}.{os.getpid()}{TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -86,17 +86,12 @@ def end_last_line(path: Path) -> None:
         append_line(path, "")
 
 
-def answers(url: str) -> bool:
-    """Whether a server begins to answer within PROBE_SECONDS. In a thread, as name look-ups obey no timeout."""
-    answered = threading.Event()
-
-    def probe():
-        with contextlib.suppress(OSError, ValueError):
-            request = urllib.request.Request(url, method="HEAD")
-            with urllib.request.urlopen(request, timeout=PROBE_SECONDS):
-                answered.set()
-
-    thread = threading.Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return answered.is_set()
+@contextlib.contextmanager
+def network_timeout() -> Iterator[None]:
+    """In here a server that does not answer within PROBE_SECONDS is an OSError; torch and torchvision set no timeout."""
+    previous = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PROBE_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(previous)

@@ -1,7 +1,7 @@
 """The channels of a network, operation by operation: which belong together, which are constant, which are needed.
 
     channels = analyse(trace(net, example))
-    channels.select(channels.close())     # or channels.close(keep, by_weights=False) for a set of one's own
+    channels.select(channels.close())
     channels.order(layer.made)            # for a layer of channels.layers: its kept filters
 
 Every channel of every value in the graph belongs to a class, named by its root. Operations that treat channels one by
@@ -112,13 +112,11 @@ class Channels:
         """int64: the class of every id."""
         return torch.tensor([self.root(i) for i in range(len(self.parents))])
 
-    def close(self, keep: Tensor | None = None, *, by_weights: bool = True) -> Tensor:
+    def close(self, keep: Tensor | None = None) -> Tensor:
         """These classes, those that must stay, and all that they need; every layer keeps at least one channel.
 
         Args:
             keep: bool per id, read at the roots (None: no class). It is changed and returned.
-            by_weights: a kept filter needs what it reads. False: only what the graph's structure needs is added, as
-                where a pruning method removes channels that still have an effect.
         """
         keep = torch.zeros(len(self.parents), dtype=torch.bool) if keep is None else keep
         roots = self.roots()
@@ -126,13 +124,12 @@ class Channels:
             keep[roots[pinned.ids]] = True
         while True:
             before = int(keep.sum())
-            for reader in reversed(self.readers if by_weights else []):
+            for reader in reversed(self.readers):
                 read = reader.nonzero[keep[roots[reader.ids]]].any(dim=0) & (reader.source.constant != 0)
                 keep[roots[reader.source.ids][read]] = True
             for pad in reversed(self.pads):
                 source, made = roots[pad.source.ids], roots[pad.ids[: len(pad.source.ids)]]
-                if by_weights:
-                    keep[source[keep[made] & (pad.source.constant != 0)]] = True
+                keep[source[keep[made] & (pad.source.constant != 0)]] = True
                 # What the shortcut's input keeps has to arrive somewhere.
                 keep[made[keep[source]]] = True
             if int(keep.sum()) == before:

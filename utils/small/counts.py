@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiply-adds, memory of activations; and the papers' formula.
+"""What a network costs: parameters and multiply-adds; and the papers' formula.
 
 Multiply-adds are those of convolutions and linear layers, integers of the real network, for one image. BatchNorm,
 activations, pooling and additions are not counted, as in the papers.
@@ -10,69 +10,32 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from utils.small.trace import run, tensors, trace
+from torch.utils.flop_counter import FlopCounterMode
 
 
 class Counts(NamedTuple):
-    """Of one network and one image.
-
-    Attributes:
-        parameters: all of them.
-        multiply_adds: of convolutions and linear layers.
-        peak_activation_bytes: the most that values of the graph take at any moment in eval mode, input included,
-            weights not; each value is dropped after its last use, what works in place takes nothing.
-    """
+    """Of one network and one image: all its parameters; multiply-adds of convolutions and linear layers."""
 
     parameters: int
     multiply_adds: int
-    peak_activation_bytes: int
 
 
 def count(net: nn.Module, example: Tensor) -> Counts:
     """Counts a network on the first image of `example` (B, ...). The network is not changed; it runs in eval mode."""
-    parameters = sum(p.numel() for p in net.parameters())
-    image = example[:1]
-    return Counts(parameters, sum(multiply_adds(net, image).values()), peak_activation_bytes(net, image))
+    return Counts(sum(p.numel() for p in net.parameters()), sum(multiply_adds(net, example[:1]).values()))
 
 
 @torch.no_grad()
 def multiply_adds(net: nn.Module, example: Tensor) -> dict[str, int]:
-    """{layer: multiply-adds of all its calls for the inputs in `example`}."""
-    found: dict[str, int] = {}
-    hooks = []
-    for name, module in net.named_modules():
-        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
-
-            def hook(module, inputs, output, name=name):
-                # In a transposed convolution every input entry meets its slice of the weight once.
-                transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-                each = (inputs[0] if transposed else output).numel() * module.weight[0].numel()
-                found[name] = found.get(name, 0) + each
-
-            hooks.append(module.register_forward_hook(hook))
+    """{operation of torch: multiply-adds of all its calls for the inputs in `example`}, by torch's FlopCounterMode."""
     was_training = net.training
     try:
-        net.eval()(example)
+        with FlopCounterMode(display=False) as counter:
+            net.eval()(example)
     finally:
         net.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-@torch.no_grad()
-def peak_activation_bytes(net: nn.Module, example: Tensor) -> int:
-    """Largest sum over the values that are needed at one moment; see Counts."""
-    was_training = net.training
-    graph = trace(net.eval(), example)
-    weights = {p.untyped_storage().data_ptr() for p in [*net.parameters(), *net.buffers()]}
-    peak = 0
-    for _, values in run(graph, example.clone()):
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors(list(values.values()))}
-        peak = max(peak, sum(s.nbytes() for at, s in storages.items() if at not in weights))
-    net.train(was_training)
-    return peak
+    # torch counts a multiply-add as two operations.
+    return {str(operation): n // 2 for operation, n in counter.get_flop_counts().get("Global", {}).items()}
 
 
 def papers_cut(depth: int, HTrate: float) -> float:

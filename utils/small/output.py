@@ -69,10 +69,9 @@ def small_table(arch: str, facts: dict, report: Report) -> str:
     lines = [f"{arch}", f"{'layer':{width}}  filters  kept"]
     lines += [f"{name:{width}}  {report.filters[name]:7d}  {len(kept):4d}" for name, kept in report.kept.items()]
     lines += ["", f"{'one image':{width}}  {'before':>14}  {'after':>14}  change"]
-    names = (("parameters", ""), ("multiply-adds", ""), ("peak activations", " B"))
-    counts = zip(facts["before"].values(), facts["after"].values(), strict=True)
-    for (name, unit), (a, b) in zip(names, counts, strict=True):
-        lines.append(f"{name:{width}}  {f'{a:,}{unit}':>14}  {f'{b:,}{unit}':>14}  {100 * (b / a - 1):+5.1f} %")
+    for name, a in facts["before"].items():
+        b = facts["after"][name]
+        lines.append(f"{name.replace('_', '-'):{width}}  {a:14,}  {b:14,}  {100 * (b / a - 1):+5.1f} %")
     equality = f"logits differ by at most {report.difference:.1e} on {report.images} images"
     lines.append(f"file {facts['file_bytes']:,} B; {equality}")
     if report.merged:

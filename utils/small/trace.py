@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -62,18 +61,25 @@ class _Tracer(fx.Tracer):
             return self.create_proxy("call_module", self.path_of_module(module), args, kwargs)
 
 
+class _Recorder(fx.Interpreter):
+    """Runs a graph and fills in node.meta["shape"] and node.meta["changed"], see `trace`."""
+
+    def __init__(self, graph: fx.GraphModule):
+        super().__init__(graph)
+        self.versions: dict[fx.Node, int] = {}
+        self.extra_traceback = False  # errors keep their message
+
+    def run_node(self, node: fx.Node) -> Any:
+        value = super().run_node(node)
+        node.meta["shape"] = tuple(value.shape) if isinstance(value, Tensor) else None
+        # Tensors that share storage share this counter, too.
+        now = {n: v._version for n, v in {**self.env, node: value}.items() if isinstance(v, Tensor)}
+        node.meta["changed"] = [n for n in now if now[n] != self.versions.get(n, now[n])]
+        self.versions = now
+        return value
+
+
 @torch.no_grad()
-def run(graph: fx.GraphModule, x: Tensor) -> Iterator[tuple[fx.Node, dict[fx.Node, Any]]]:
-    """Yields (node, values by node) after every operation for the input x: its own and all that may still be read."""
-    interpreter = fx.Interpreter(graph)
-    values, interpreter.args_iter = interpreter.env, iter([x])
-    for node in graph.graph.nodes:
-        values[node] = interpreter.run_node(node)
-        yield node, values
-        for used in [*interpreter.user_to_last_uses.get(node, []), *([] if node.users else [node])]:
-            del values[used]
-
-
 def trace(net: nn.Module, example: Tensor) -> fx.GraphModule:
     """The graph of net(example).
 
@@ -88,13 +94,7 @@ def trace(net: nn.Module, example: Tensor) -> fx.GraphModule:
     """
     root = _Called(net)
     graph = fx.GraphModule(root, _Tracer().trace(root))
-    versions: dict[fx.Node, int] = {}
-    for node, values in run(graph, example):
-        node.meta["shape"] = tuple(values[node].shape) if isinstance(values[node], Tensor) else None
-        # Tensors that share storage share this counter, too.
-        now = {other: value._version for other, value in values.items() if isinstance(value, Tensor)}
-        node.meta["changed"] = [other for other in now if now[other] != versions.get(other, now[other])]
-        versions = now
+    _Recorder(graph).run(example)
     return graph
 
 
