@@ -88,14 +88,13 @@ def test_a_second_run_is_locked_out_until_the_first_is_gone(plain, whole, tmp_pa
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="measured through /proc")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_thirty_epochs_take_no_more_memory_files_or_threads_than_five(plain, tmp_path, workers):
-    flags = [*plain, "--epochs", "30", "--print_freq", "100", "--HTrate", "1", "--v", "0", "--workers", str(workers)]
+def test_thirty_epochs_take_no_more_memory_files_or_threads_than_five(plain, tmp_path):
+    flags = [*plain, "--epochs", "30", "--print_freq", "100", "--HTrate", "1", "--v", "0", "--workers", "2"]
     done = run(tmp_path, flags)
     assert done.statuses == [0], done.errors
     lines = [[int(n) for n in line.split()] for line in (tmp_path / "measured").read_text().splitlines()]
-    assert len(lines) == 30
-    assert all(last <= 1.02 * fifth for fifth, last in zip(lines[4], lines[-1], strict=True))
+    assert len(lines) == 31
+    assert all(last <= 1.02 * fifth for fifth, last in zip(lines[5], lines[-1], strict=True))
 
 
 def test_ctrl_c_while_python_still_imports_leaves_no_traceback(tmp_path):

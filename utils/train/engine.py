@@ -37,7 +37,6 @@ class RunningMeans:
     """
 
     def __init__(self, device: torch.device, state: dict | None = None):
-        device = torch.device("cpu") if device.type == "mps" else device
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self.t = 0
