@@ -83,7 +83,7 @@ LINES = {
     "HTrate=0.7 of the filters, that is prune_rate=0.3": 1,
     r"stage_2\.0\.conv_a\.weight +32x16x3x3 +22 +10": 1,
     r"schedule: 3 mini-batches in the first epoch: 16, 20, 24 \(60 images\)": 1,
-    "arithmetic: float32, tests in float32; eager, channels_last": 1,
+    "arithmetic: float32, eager, channels_last": 1,
 }
 
 

@@ -459,7 +459,7 @@ def test_command_line_errors(tmp_path):
         ([file], "would be replaced"),
         ([file, "--save_path", file], "would be replaced"),
         ([file, "--round_to", "0"], r"round_to.*whole number >= 1"),
-        ([file, "--data", tmp_path, "--save_path", tmp_path / "out"], "no cifar10 at"),
+        ([file, "--data", tmp_path, "--save_path", tmp_path / "out"], "no images of cifar10 at"),
     ):
         with pytest.raises(UserError, match=message):
             get_small_model.main([str(flag) for flag in flags])
@@ -556,7 +556,7 @@ def test_small_network_from_scratch_has_the_widths_and_new_weights(train):
     small = file
     for flags, message in (
         (["--widths_of", "nowhere.pth.tar"], "nowhere.pth.tar"),
-        (["--widths_of", small, "--evaluate", "--resume", small], "nothing to evaluate"),
+        (["--widths_of", small, "--evaluate", "--resume", small], "leave --evaluate out"),
         (["--widths_of", small, "--recipe", "baseline", "--resume", small], "leave one out"),
     ):
         with pytest.raises(UserError, match=message):

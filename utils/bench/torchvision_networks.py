@@ -100,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         gc.collect()  # traced graphs are cyclic and hold the networks
     equal, saved = sum(row["result"] == "equal" for row in rows), sum(row["saved (%)"] >= 15 for row in rows)
     note = f"{equal} of {len(rows)} have an equal small network, {saved} of them one that saves at least 15 %."
+    note += f" Running means of removed filters: {'random' if args.random_means else '0, as after training'}."
     publish(args, "networks_random_means" if args.random_means else "networks", note, rows)
 
 

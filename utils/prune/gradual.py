@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from AHSG_HT import kept_count
 from utils.base.errors import UserError
 from utils.prune.allocation import floors, out_of_reach, rate_for, remove_to, remove_where_cheap, uniform
-from utils.prune.plan import Plan, make_plan, row_tensors
+from utils.prune.plan import CONVOLUTIONS, Plan, make_plan, row_tensors
 from utils.prune.scores import SCORES, Scores
 from utils.prune.shrink import FOLLOWS, shrink
 
@@ -199,6 +199,12 @@ class GradualPruning:
         layers = [layer for layer in self.plan.layers if layer.kind not in ("norm", "pad")]
         return {f"{layer.name}.weight": self.present[layer.made].nonzero().flatten().tolist() for layer in layers}
 
+    @property
+    def remaining(self) -> dict[str, list[int]]:
+        """{name of a convolution's weight: its filters that are not removed, by their indices in the unpruned network}."""
+        layers = [layer for layer in self.plan.layers if layer.kind in CONVOLUTIONS]
+        return {f"{layer.name}.weight": self.alive[layer.unit].nonzero().flatten().tolist() for layer in layers}
+
     def plan_text(self) -> str:
         """Before training: the schedule, what will be left (uniform) and what is kept, and why."""
         plan = self.plan
@@ -270,6 +276,6 @@ def check_options(begin: float, end: float, HTrate: float, macs_cut: float | Non
         raise UserError(f"--macs_cut {macs_cut:g} and --HTrate {HTrate:g} both say how much is removed; leave one out")
     if macs_cut is None and not 0 < HTrate < 1:
         raise UserError(f"--HTrate {HTrate:g} removes nothing gradually; give one between 0 and 1, or --macs_cut")
-    for flag, value, allowed in (("score", score, SCORES), ("allocation", allocation, ALLOCATIONS)):
+    for flag, value, allowed in (("prune_score", score, SCORES), ("allocation", allocation, ALLOCATIONS)):
         if value not in allowed:
-            raise UserError(f"--prune_{flag} '{value}' is unknown; choose one of {', '.join(allowed)}")
+            raise UserError(f"--{flag} '{value}' is unknown; choose one of {', '.join(allowed)}")

@@ -6,9 +6,11 @@
             to first order (Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019);
             |sum(w * dL/dw)| over the filter where none follows; added up over the mini-batches since the last removal
 
-Scores of one convolution are divided by their mean over its living filters, so that no layer outweighs another by the
-scale of its weights. A unit's score is the mean over the convolutions that have a filter of it, times the number of
-those whose outputs are added (a depthwise one only passes a channel on): what is lost with all of them.
+Scores of one convolution are divided by their sum over its living filters, which makes them shares of the layer,
+whatever its width and the scale of its weights. With equal scores, the first convolutions of blocks then cost the same
+per multiply-add in all stages of a CIFAR ResNet; divided by their mean, the first stage would go before all others.
+A unit's score is the mean over the convolutions that have a filter of it, times the number of those whose outputs are
+added (a depthwise one only passes a channel on): what is lost with all of them.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ class Scores:
         for layer, scores in zip(self.plan.convolutions, on_host, strict=True):
             units = layer.unit[present[layer.made]]
             living = alive[units]
-            scores = scores[living] / scores[living].mean().clamp(min=torch.finfo(torch.float32).tiny)
+            scores = scores[living] / scores[living].sum().clamp(min=torch.finfo(torch.float32).tiny)
             total.index_add_(0, units[living], scores)
             members[units[living]] += 1
             added[units[living]] += float(layer.kind == "conv")

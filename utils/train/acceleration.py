@@ -40,7 +40,7 @@ class Acceleration:
     def __str__(self) -> str:
         """One line for the log."""
         return (
-            f"arithmetic: {self.arithmetic}, tests in float32; {'compiled' if self.compile else 'eager'}, channels_last"
+            f"arithmetic: {self.arithmetic}, {'compiled' if self.compile else 'eager'}, channels_last"
             f"{', deterministic' if self.deterministic else ''}"
         )
 

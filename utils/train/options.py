@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from AHSG_HT import SCORES
 from data import DATASETS
 from utils.base.arguments import (
     COUNT,
@@ -45,6 +46,11 @@ def k_number(text: str) -> float | int | None:
         return None
     value = number(float, lambda x: True, "a number or none")(text)
     return int(value) if value == math.floor(value) else value
+
+
+def score_name(text: str) -> int | str:
+    """An argparse type: a key of SCORES."""
+    return int(text) if text.isdigit() else text
 
 
 def kd_term(text: str) -> str:
@@ -159,8 +165,8 @@ OPTIONS: dict[str, list[Option]] = {
         _recipe_option("heavy_ball", "true heavy ball, or the release's, which is zero (paper)", str, "paper",
                        settings=dict(choices=("paper", "released")), phrases={"released": "heavy ball released"},
                        idle=lambda s: not s["v"]),
-        _recipe_option("norm", "norm that ranks filters (2)", int, 2, settings=dict(choices=(2, 1)), network=True,
-                       idle=_keeps_all),
+        _recipe_option("norm", "what ranks filters, a key of SCORES in AHSG-HT.py: their l2 or l1 norm (2)", score_name,
+                       2, settings=dict(choices=SCORES), network=True, idle=_keeps_all),
         _recipe_option("no_regrow", "a removed filter stays removed (in the paper it may come back)", default=False,
                        phrases={True: "no regrowth"}, idle=lambda s: _keeps_all(s) or not _not_gradual(s)),
         _recipe_option("threshold_every", "when filters are thresholded (step)", str, "step",
@@ -355,7 +361,7 @@ def resolve(given: dict, adopted: dict, *, family: str, arch: str) -> argparse.N
     dataset = "imagenet" if family == "imagenet" else chosen.get("dataset", "cifar10")
     defaults = recipe_settings(chosen["recipe"], dataset)
     recipe = recipes_of(dataset)[chosen["recipe"]]
-    if chosen.get("resume") or chosen.get("use_pretrain"):
+    if chosen.get("resume") not in (None, "auto") or chosen.get("use_pretrain"):
         defaults.update(recipe.get("trained", {}))
     if given.get("loss"):
         on = "logits" if "feature" not in LOSSES[given["loss"]].compares else "feature"

@@ -99,8 +99,9 @@ def results_of(trainer) -> dict:
     rows, kept = trainer.history, trainer.kept()
     best = max(rows, key=lambda row: row["test_acc"])
     filters = [
-        {"name": name, "shape": shape, "kept": len(kept[name]), "kept_indices": kept[name]}
+        {"name": name, "shape": shape, "kept": len(at), "kept_indices": at}
         for name, shape in trainer.shapes.items()
+        for at in [kept.get(name, list(range(shape[0])))]
     ]
     return {
         "finished": trainer.epochs_done >= trainer.args.epochs,
@@ -148,7 +149,7 @@ def write_small_network(trainer) -> dict:
     images = data.first_images(trainer.images.test, max(16, COMPARED * 32 * 32 // pixels)).cpu().contiguous()
     masked = plain_batchnorm(copy.deepcopy(trainer.net)).cpu().eval()
     entries = {"dataset": trainer.args.dataset, "state_dict": masked.state_dict(), **trainer.network_facts}
-    entries["kept"] = trainer.kept() if trainer.pruning else {}
+    entries["kept"] = trainer.pruning.kept if trainer.pruning else {}
     try:
         small, report = make_small(masked, images[:1], images)
         shape = tuple(images.shape[1:])

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import update_bn
 import data
 import models
 from AHSG_HT import AHSG_HT
+from models.load import last_layer
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 from utils.base.signals import stop
@@ -105,11 +106,10 @@ def build_objective(
     if args.share_classifier:
         share_classifier(teacher, net)
     terms = [parse_term(term) for term in args.kd]
+    wide = [str(term) for term in terms if term.on != "logits"]
+    if args.recipe == "prune_gradual" and args.shrink and wide:
+        raise UserError(f"--kd {wide[0]} compares widths, which the cuts change; compare logits, or add --shrink off")
     objective = Distillation(teacher, net, sample, terms, ce_weight=args.ce_weight)
-    if args.recipe == "prune_gradual" and args.shrink and list(objective.adapters.parameters()):
-        raise UserError(
-            "--shrink on changes the student's widths while adapters are trained; use --kd on logits, or --shrink off"
-        )
     facts = {"arch": args.teacher_arch, "file": args.teacher, "accuracy": tested.top1, "sha256": args.teacher_sha256}
     return objective, {"teacher": facts}
 
@@ -138,8 +138,13 @@ def build_optimizer(net: nn.Module, adapters: nn.Module | None, args: argparse.N
     common["nesterov"] = args.nesterov and args.momentum > 0
     gradual = args.recipe == "prune_gradual"
     plain = args.HTrate == 1 and args.v == 0 and not gradual
-    if adapters is not None and list(adapters.parameters()):
-        groups.append({"params": list(adapters.parameters()), **({} if plain else {"HTrate": 1})})
+    # A convolution that makes the logits keeps all of its filters, which are the classes; adapters are not thresholded.
+    head = net.get_submodule(last_layer(net))
+    whole = list(head.parameters()) if isinstance(head, nn.Conv2d) and not plain else []
+    groups[0]["params"] = [p for p in net.parameters() if not any(p is q for q in whole)]
+    whole += adapters.parameters() if adapters is not None else []
+    if whole:
+        groups.append({"params": whole, **({} if plain else {"HTrate": 1})})
     if plain:
         # On a GPU one kernel for all parameters, on a CPU lists of them: torch's default there is a loop in Python.
         return torch.optim.SGD(groups, **{"fused" if example.is_cuda else "foreach": True}, **common)

@@ -274,7 +274,9 @@ class Trainer:
 
     def kept(self) -> dict[str, list[int]]:
         """{weight of a convolution: original indices of the filters it keeps}."""
-        return self.pruning.kept if self.pruning else kept_filters(self.net, getattr(self.optimizer, "additives", None))
+        if self.pruning:
+            return self.pruning.remaining
+        return kept_filters(self.net, getattr(self.optimizer, "additives", None))
 
     def _check_finite(self, t: int, means: RunningMeans, *, weights: bool) -> None:
         """Stops the run on all ranks where the loss or, if `weights`, a weight is not finite. Waits for the device.

@@ -1,0 +1,90 @@
+"""What the README's "Extending" says, done with toys: a network, a data set of other images, a loss, a ranking of filters."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import AHSG_HT
+import cifar10_resnet_test as script
+import models
+from data import DATASETS, Spec
+from data.synthetic import make_images
+from utils.train.losses import LOSSES, Loss
+
+
+class ToyNetwork(nn.Module):
+    """Two convolutions; the head is a 1x1 convolution with a name of its own."""
+
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 12, 3, 4),
+            nn.BatchNorm2d(12),
+            nn.ReLU(),
+            nn.Conv2d(12, 10, 3, 2),
+            nn.BatchNorm2d(10),
+            nn.ReLU(),
+        )
+        self.decide = nn.Conv2d(10, num_classes, 1)
+
+    def forward(self, images):
+        return self.decide(self.body(images).mean((2, 3), keepdim=True)).flatten(1)
+
+
+class Power(Loss):
+    """Mean of |student - teacher|^p."""
+
+    def __init__(self, p: float = 3.0):
+        super().__init__()
+        self.p = p
+
+    def forward(self, student, teacher, labels):
+        return (student - teacher).abs().pow(self.p).mean()
+
+
+def make_large(path):
+    """Synthetic images of 64x64 in three classes."""
+    arrays = {}
+    for split, count, seed in (("train", 90, 1), ("test", 40, 2)):
+        images, labels = make_images(count, seed)
+        chosen = labels < 3
+        arrays[split] = images[chosen].repeat_interleave(2, 2).repeat_interleave(2, 3), labels[chosen]
+    return arrays, ["a", "b", "c"]
+
+
+def spread(weight):
+    """Standard deviation of a filter's entries."""
+    return weight.flatten(1).std(1)
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    monkeypatch.setitem(models.REGISTRY, "toy", ToyNetwork)
+    monkeypatch.setitem(DATASETS, "large", Spec("large", 64, classes=3, make=make_large))
+    monkeypatch.setitem(LOSSES, "Power", Power)
+    monkeypatch.setitem(AHSG_HT.SCORES, "spread", spread)
+
+
+def test_toys_work_together_from_the_command_line(toys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = ["data", "--dataset", "large", "--arch", "toy", "--batch_size", "8", "--k", "none", "--lr", "0.05"]
+    teacher = script.main([*common, "--recipe", "baseline", "--epochs", "8", "--schedule", "9", "--gammas", "1"])
+    flags = ["--teacher", str(teacher / "checkpoint.toy.pth.tar"), "--kd", "logits:Power:0.5:p=4", "--norm", "spread"]
+    folder = script.main([*common, *flags, "--HTrate", "0.5", "--epochs", "1"])
+    results = json.loads((folder / "results.json").read_text())
+    assert results["settings"]["kd"] == ["logits:Power:0.5:p=4"] and results["settings"]["norm"] == "spread"
+    assert [layer["kept"] for layer in results["filters"]] == [6, 5, 3] and results["num_classes"] == 3
+    small = models.load(folder / "small.toy.pth.tar")
+    assert small.body[0].out_channels <= 6 and small(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
+
+
+def test_the_ranking_decides_what_is_kept(toys):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 6, 3, bias=False)
+    with torch.no_grad():
+        conv.weight[3] = 5.0  # the largest norm, no spread
+    expected = spread(conv.weight).topk(3).indices.sort().values
+    AHSG_HT.hard_threshold([conv.weight], 0.5, norm="spread")
+    assert torch.equal(conv.weight.flatten(1).any(1).nonzero().flatten(), expected)

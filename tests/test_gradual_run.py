@@ -1,0 +1,105 @@
+"""`--recipe prune_gradual` from the command line: cuts while it trains, resumption across them, refusals."""
+
+import json
+import os
+
+import pytest
+import torch
+from crash_lab import same
+
+import models
+from utils.base.errors import UserError
+
+NAME = "checkpoint.resnet8.pth.tar"
+GRADUAL = ["--recipe", "prune_gradual", "--batch_size", 16, "--lr", 0.05, "--warmup", 0, "--epochs", 4]
+
+
+def load(folder):
+    return torch.load(folder / NAME, weights_only=True)
+
+
+@pytest.fixture
+def whole(train):
+    return train(*GRADUAL, "--macs_cut", 0.5, "--save_path", "whole")
+
+
+def test_a_run_is_cut_while_it_trains(whole, tree, capsys):
+    results, log = (json.loads((whole / "results.json").read_text()), (whole / "log_seed_1.txt").read_text())
+    full, left = (results["small"][when]["multiply_adds"] for when in ("before", "after"))
+    assert full == results["network"]["multiply_adds"] == 12_239_488 and left <= full / 2
+    assert log.count("network cut after step") >= 2 and "multiply-adds 12,239,488" in log
+    weights = load(whole)["state_dict"]
+    for layer in results["filters"]:
+        assert layer["kept"] == len(layer["kept_indices"]) == len(weights[layer["name"]]) < layer["shape"][0]
+    small = torch.load(whole / "small.resnet8.pth.tar", weights_only=True)
+    assert small["kept"]["conv_1_3x3.weight"] == results["filters"][0]["kept_indices"], "in the unpruned numbering"
+    assert sum(p.numel() for p in models.load(whole / NAME).parameters()) == results["small"]["after"]["parameters"]
+
+
+@pytest.mark.parametrize(("steps", "stop"), [(8, []), (9, ["--save_every", 1])], ids=["between epochs", "within one"])
+def test_a_run_resumes_across_a_cut_to_the_last_bit(train, whole, steps, stop, monkeypatch):
+    """The schedule is over all steps, so the run is interrupted rather than shortened."""
+    flags = [*GRADUAL, "--macs_cut", 0.5, "--save_path", "part", *stop]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, steps)
+        train(*flags)
+    part = train(*flags, "--resume", "auto")
+    assert same(load(whole), load(part))
+    assert json.loads((part / "results.json").read_text())["pieces"] == 2
+
+
+def stop_at(monkeypatch, step):
+    """Interrupts a run at a step (of 4 an epoch)."""
+    from utils.train import trainer
+
+    real, calls = trainer.train_step, []
+
+    def train_step(*args, **options):
+        calls.append(1)
+        if len(calls) > step:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(trainer, "train_step", train_step)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--max_images_per_step", 8],
+        ["--teacher", "TEACHER", "--kd", "logits:KL:0.5", "--ce_weight", 0.5],
+        ["--HTrate", 0.6, "--allocation", "global", "--prune_score", "taylor", "--v", 0.1],
+        ["--HTrate", 0.5, "--tied", "off", "--prune_score", "gamma", "--shrink", "off", "--round_to", 4],
+        ["--HTrate", 0.5, "--prune_begin", 0, "--prune_end", 0],
+    ],
+    ids=["in parts", "teacher", "global taylor", "untied masked", "one-shot"],
+)
+def test_other_options_end_with_an_equal_small_network(train, teacher, flags):
+    flags = [str(teacher) if flag == "TEACHER" else flag for flag in flags]
+    rate = [] if "--HTrate" in flags else ["--macs_cut", 0.4]
+    folder = train(*GRADUAL[:-1], 2, *rate, *flags)
+    small = json.loads((folder / "results.json").read_text())["small"]
+    assert small["after"]["multiply_adds"] < small["before"]["multiply_adds"]
+    assert small["largest_logit_difference"] < 1e-3
+
+
+def test_it_starts_from_a_trained_network(train, teacher):
+    folder = train(*GRADUAL[:-1], 1, "--HTrate", 0.7, "--resume", teacher)
+    settings = json.loads((folder / "results.json").read_text())["settings"]
+    assert settings["started_from"] == str(teacher) and (settings["prune_begin"], settings["prune_end"]) == (0.05, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "pattern"),
+    [
+        (["--macs_cut", 0.995], "reach"),
+        (["--macs_cut", 0.5, "--HTrate", 0.7], "exclude each other"),
+        (["--HTrate", 0.7, "--prune_begin", 0.8, "--prune_end", 0.2], "comes after"),
+        (["--HTrate", 1], "nothing to remove"),
+        (["--HTrate", 0.7, "--teacher", "TEACHER", "--kd", "feature:MSE"], "add --shrink off"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(train, teacher, flags, pattern):
+    with pytest.raises(UserError, match=pattern) as caught:
+        train(*GRADUAL, *[str(teacher) if flag == "TEACHER" else flag for flag in flags])
+    assert "\n" not in str(caught.value) and not os.path.exists("runs")
