@@ -15,12 +15,6 @@ A run leaves in its --save_path: log, metrics.csv, curves.png, results.json, che
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    # Ctrl-C in the seconds that torch takes to be imported ends the process quietly; run_main handles it from there on.
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import sys
 from pathlib import Path

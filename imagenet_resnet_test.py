@@ -14,12 +14,6 @@ DATA holds train/<class>/* and val/<class>/*. Everything a run leaves behind is 
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    # Ctrl-C in the seconds that torch takes to be imported ends the process quietly; run_main handles it from there on.
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import os
 import sys

@@ -11,7 +11,7 @@ from torch import nn
 import models
 from models.resnet_cifar import CifarResNet
 from utils.base.errors import UserError
-from utils.train.distillation import Distillation, prepare_teacher, share_classifier
+from utils.train.distillation import Distillation, prepare_teacher
 from utils.train.features import with_features
 from utils.train.losses import parse_term
 
@@ -190,17 +190,6 @@ def test_features_of_torchvisions_networks_are_captured_and_compiled():
     assert [tuple(s.shape[1:]) for s in expected[2]] == [(64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2)]
     for a, b in zip([*expected[:2], *expected[2]], [*found[:2], *found[2]], strict=True):
         torch.testing.assert_close(a, b)
-
-
-def test_share_classifier_copies_the_last_layer():
-    torch.manual_seed(0)
-    teacher, student = CifarResNet(14), CifarResNet(8)
-    share_classifier(teacher, student)
-    assert torch.equal(teacher.classifier.weight, student.classifier.weight)
-    assert torch.equal(teacher.classifier.bias, student.classifier.bias)
-    assert teacher.classifier.weight is not student.classifier.weight
-    with pytest.raises(UserError, match=r"\(10, 64\).*\(7, 64\)"):
-        share_classifier(teacher, CifarResNet(8, 7))
 
 
 def load(folder, arch="resnet8"):

@@ -1,7 +1,7 @@
 """Every option of every training script with values that it does not take: one line, status 2, nothing touched."""
 
 import argparse
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
@@ -12,7 +12,7 @@ import pytest
 from utils.base.errors import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = [name for name in ("cifar10_resnet_test", "imagenet_resnet_test") if importlib.util.find_spec(name)]
+SCRIPTS = ("cifar10_resnet_test", "imagenet_resnet_test")
 # Tried on every option; those that its type takes are left out.
 VALUES = ("", "x", "-1", "0", "1.5", "nan", "inf", "1e999", "4294967296", "²", "[1]", "None;ls", "$(touch trap)")
 # Files that options name, and that are not there.
@@ -51,10 +51,7 @@ def cases():
 
 
 CASES = list(cases())
-
-
-def test_there_are_many_cases():
-    assert len(CASES) >= 150
+assert len(CASES) >= 150
 
 
 @pytest.fixture(scope="module")

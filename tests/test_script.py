@@ -180,7 +180,7 @@ BAD = {
     "--recipe prune --teacher x": "prune_distill",
     "--recipe distill --teacher x": "no checkpoint at 'x'",
     "--recipe distill": r"trained teacher.*--teacher FILE.*cifar10_resnet_test\.py .* --recipe baseline",
-    "--share_classifier": "needs a teacher",
+    "--ce_weight 0.5": "needs a teacher",
     "--kd stages:MSE": "needs a teacher",
     "--kd feature:KL --teacher x": "KL compares logits",
     "--kd logits:KL --kd logits:KL:2 --teacher x": "given 2 times",

@@ -70,21 +70,11 @@ def seed_everything(seed: int) -> None:
 def describe_machine(device: torch.device) -> dict:
     """Hardware of a run, for results.json."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "device": device.type,
-        "gpu": gpu,
-        "cpu_cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-    }
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    return dict(device=device.type, gpu=gpu, cpu_cores=cores, threads=threads, machine=platform.machine())
 
 
 def describe_versions() -> dict:
     """Software of a run, for results.json."""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": str(import_torchvision().__version__),
-        "numpy": np.__version__,
-        "cuda": torch.version.cuda,
-    }
+    packages = {"torch": str(torch.__version__), "torchvision": str(import_torchvision().__version__)}
+    return {"python": platform.python_version(), **packages, "numpy": np.__version__, "cuda": torch.version.cuda}

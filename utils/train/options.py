@@ -203,7 +203,6 @@ OPTIONS: dict[str, list[Option]] = {
                settings=dict(choices=LOSSES)),
         _recipe_option("ce_weight", "weight of the cross-entropy beside the terms", NOT_NEGATIVE, RECIPE,
                        idle=_no_teacher),
-        _recipe_option("share_classifier", "start from the teacher's last layer", default=False, idle=_no_teacher),
         _recipe_option("head_width", "two-layer head of this width for a CIFAR ResNet (released checkpoint: 20)", COUNT,
                        network=True, scripts="cifar"),
     ],
@@ -386,7 +385,7 @@ def _check(args: argparse.Namespace, given: dict) -> None:
     """Raises UserError where options contradict each other."""
     gradual = args.recipe == "prune_gradual"
     only_gradual = [o.name for o in OPTIONS["gradual pruning (--recipe prune_gradual)"] if o.name in given]
-    only_teacher = [name for name in ("kd", "ce_weight", "share_classifier") if name in given]
+    only_teacher = [name for name in ("kd", "ce_weight") if name in given]
     plain = args.recipe in ("baseline", "distill")
     with_teacher = {"baseline": "distill", "prune": "prune_distill"}
     rate, schedule = f"HTrate={args.HTrate:g}", " ".join(map(str, args.schedule))

@@ -22,7 +22,7 @@ from utils.base.signals import stop
 from utils.small.filters import filter_additives
 from utils.train.acceleration import Acceleration, accelerate, make_deterministic
 from utils.train.device import flush_denormals, reuse_freed_memory, seed_everything
-from utils.train.distillation import Distillation, share_classifier
+from utils.train.distillation import Distillation
 from utils.train.distributed import (
     Agreement,
     ParallelObjective,
@@ -103,8 +103,6 @@ def build_objective(
         raise UserError(
             f"--teacher '{args.teacher}' has {tested.top1:.2f} %, no better than chance ({chance:g} %); train it first"
         )
-    if args.share_classifier:
-        share_classifier(teacher, net)
     terms = [parse_term(term) for term in args.kd]
     wide = [str(term) for term in terms if term.on != "logits"]
     if args.recipe == "prune_gradual" and args.shrink and wide:

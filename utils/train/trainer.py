@@ -8,6 +8,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -192,17 +193,9 @@ class Trainer:
         self._log_bad_images()
         if self.thresholds:
             self.run.log(f"  **Filters** zero: {count_zero_filters(self.plan, kept)}")
-        row = dict(
-            epoch=epoch,
-            lr=learning_rate_at(epoch, vars(self.args)),
-            train_loss=trained.loss,
-            train_acc=trained.top1,
-            test_loss=tested.loss,
-            test_acc=tested.top1,
-            images_per_s=trained.images_per_s,
-            seconds=trained.seconds + tested.seconds,
-        )
-        self.history.append(row)
+        losses = dict(train_loss=trained.loss, train_acc=trained.top1, test_loss=tested.loss, test_acc=tested.top1)
+        times = dict(images_per_s=trained.images_per_s, seconds=trained.seconds + tested.seconds)
+        self.history.append(dict(epoch=epoch, lr=learning_rate_at(epoch, vars(self.args)), **losses, **times))
         self.epochs_done, self.position, self._means = epoch + 1, 0, None
         is_best = tested.top1 > self.best
         self.best = max(self.best, tested.top1)
@@ -218,6 +211,8 @@ class Trainer:
         means = self._means = RunningMeans(self.device, self._saved_means)
         self._saved_means = None
         net.train()
+        of_all = dict(device=self.device, epoch=epoch, max_images=args.max_images_per_step)
+        of_all["normalise"] = loader.dataset.normalise
         # A bar on a terminal; disable=None: nothing elsewhere.
         options = dict(total=steps, initial=first, leave=False, disable=None if is_first() else True)
         with tqdm(loader if first < steps else (), f"epoch {epoch + 1}/{args.epochs}", **options) as bar:
@@ -225,26 +220,11 @@ class Trainer:
                 for group in self.optimizer.param_groups:
                     group["lr"] = learning_rate_at(epoch + t / steps, vars(args))
                 means.t = t
-                train_step(
-                    self.objective,
-                    net,
-                    images,
-                    labels,
-                    self.optimizer,
-                    means,
-                    device=self.device,
-                    normalise=loader.dataset.normalise,
-                    size=sizes[t],
-                    growth=sizes[t] / sizes[0],
-                    epoch=epoch,
-                    final=int(args.threshold_every == "step" or t == steps - 1),
-                    max_images=args.max_images_per_step,
-                    pruning=self.pruning,
-                    step=before + t,
-                    log=self.run.log,
-                )
-                self.position = t + 1
                 is_last = t + 1 == steps
+                step = dict(size=sizes[t], growth=sizes[t] / sizes[0], before_update=partial(self._prune, before + t))
+                step["final"] = int(args.threshold_every == "step" or is_last)
+                train_step(self.objective, net, images, labels, self.optimizer, means, **step, **of_all)
+                self.position = t + 1
                 saves = args.save_every is not None and (t + 1) % args.save_every == 0 and not is_last
                 # After the last mini-batch the ranks average BatchNorm first; the test pass stops then.
                 signum = stop.pending()
@@ -271,6 +251,11 @@ class Trainer:
         if result.images_per_s == 0:
             raise UserError(f"not one training image could be read in epoch {epoch}; check the data path")
         return result
+
+    def _prune(self, step: int) -> None:
+        """Before the update of a step of the whole run: gradual pruning removes the filters whose turn it is."""
+        if self.pruning and (text := self.pruning.before_step(step)):
+            self.run.log(text)
 
     def kept(self) -> dict[str, list[int]]:
         """{weight of a convolution: original indices of the filters it keeps}."""
