@@ -164,15 +164,8 @@ def test_released_momentum_and_prev_data_become_the_optimizers_state(train, tmp_
     assert folder.parent.name == "runs" and same(load(folder / NAME)["state_dict"], load(first)["state_dict"])
 
 
-@pytest.mark.parametrize(
-    "error", [PermissionError(13, "Permission denied", "/locked"), OSError(36, "File name too long", "aaa")]
-)
-def test_what_the_system_refuses_is_one_line_and_status_2(error, capsys):
-    def refuse():
-        raise error
-
+def test_what_the_system_refuses_is_one_line_and_status_2(capsys):
     with pytest.raises(SystemExit) as caught:
-        run_main(refuse)
-    assert caught.value.code == 2
+        run_main(lambda: open("a" * 300))
     printed = capsys.readouterr().err
-    assert printed.count("\n") == 1 and error.filename in printed and error.strerror in printed
+    assert caught.value.code == 2 and printed.count("\n") == 1 and "File name too long: 'aaa" in printed
