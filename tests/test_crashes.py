@@ -61,6 +61,12 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_mini_batch(plain, tmp_pat
     assert differences(tmp_path / "part/out", tmp_path / "whole/out") == []
 
 
+def test_a_mistake_that_shows_when_the_processes_have_met_is_printed_once(tmp_path):
+    done = run(tmp_path, ["nowhere", *FLAGS, "--dataset", "folder"], ranks=2)
+    assert done.statuses == [2, 2] and (tmp_path / "stderr1").read_text() == ""
+    assert done.errors.count("\n") == 1 and "nowhere" in done.errors and done.errors.startswith("error: ")
+
+
 def test_before_there_is_anything_to_save_a_signal_ends_the_run_at_once(plain, tmp_path):
     stopped = run(tmp_path, plain, point="log line", count=2, signum=signal.SIGTERM)
     assert stopped.statuses == [143]

@@ -1,6 +1,7 @@
 """What --resume means: the same run, another run that starts from a file, or a file of others."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,6 +167,6 @@ def test_released_momentum_and_prev_data_become_the_optimizers_state(train, tmp_
 
 def test_what_the_system_refuses_is_one_line_and_status_2(capsys):
     with pytest.raises(SystemExit) as caught:
-        run_main(lambda: open("a" * 300))
+        run_main(Path("a" * 300).read_text)
     printed = capsys.readouterr().err
     assert caught.value.code == 2 and printed.count("\n") == 1 and "File name too long: 'aaa" in printed

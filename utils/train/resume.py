@@ -29,6 +29,8 @@ from utils.train.run_folder import RUNS, check_free, check_writable, new_run_pat
 SAME_RUN = [name for name, option in ALL.items() if option.same_run]
 SAME_BATCHES = [name for name, option in ALL.items() if option.batches]
 SAME_NETWORK = [name for name, option in ALL.items() if option.network and name != "HTrate"]
+# A rate excludes the other way to give one, --arch the student's name, --fit_schedule a schedule.
+RELATED = {"arch", "arch_small"}, {"HTrate", "prune_rate", "macs_cut"}, {"loss", "kd"}, {"fit_schedule", "schedule"}
 KINDS = ("checkpoint", "previous", "best")
 # Recipes that start from trained weights: a file without settings is their starting point.
 START_FROM_WEIGHTS = ("finetune", "prune_gradual")
@@ -97,14 +99,8 @@ def adopted_settings(given: dict, checkpoint: dict | None) -> dict:
     elif not given.get("evaluate") and recipe == "finetune":
         names = [*SAME_NETWORK, "HTrate"]
     excluded = set(given)
-    # A rate excludes the other way to give one, --arch the student's name, --fit_schedule a schedule.
-    for group in (
-        ("arch", "arch_small"),
-        ("HTrate", "prune_rate", "macs_cut"),
-        ("loss", "kd"),
-        ("fit_schedule", "schedule"),
-    ):
-        excluded |= set(group) if set(group) & given.keys() else set()
+    for group in RELATED:
+        excluded |= group if group & given.keys() else set()
     adopted = {name: saved[name] for name in names if name in saved and name not in excluded}
     if "arch" not in excluded and "arch" in checkpoint:
         adopted.setdefault("arch", checkpoint["arch"])

@@ -67,12 +67,7 @@ def load_teacher(args: argparse.Namespace, script: str) -> tuple[nn.Module, dict
 
 
 def build_objective(
-    teacher: tuple[nn.Module, dict] | None,
-    net: nn.Module,
-    images: data.Data,
-    test_loader,
-    args: argparse.Namespace,
-    device: torch.device,
+    teacher: tuple[nn.Module, dict] | None, net: nn.Module, images: data.Data, test_loader, args: argparse.Namespace
 ):
     """Cross-entropy, or with a teacher distillation; and what results.json records of the teacher.
 
@@ -82,7 +77,7 @@ def build_objective(
     if teacher is None:
         return cross_entropy, {}
     teacher, checkpoint = teacher
-    classes = len(images.classes)
+    device, classes = next(net.parameters()).device, len(images.classes)
     models.renormalise(teacher, checkpoint.get("normalisation"), images.normalisation)
     teacher.to(device, memory_format=torch.channels_last).eval()
     sample = data.first_images(images.test, 2).to(device)
