@@ -234,7 +234,9 @@ class Trainer:
                 if logs or saves or stops:
                     self._check_finite(t, means, weights=bool(is_last or saves or stops))
                 if logs:
-                    line = report.step_line(epoch, f"{t:03d}/{steps:03d}", sizes[t], means.read())
+                    now = means.read()
+                    bar.set_postfix(loss=f"{now.loss:.3f}", top1=f"{now.top1:.2f}")
+                    line = report.step_line(epoch, f"{t:03d}/{steps:03d}", sizes[t], now)
                     self.run.log(line, show=bar.disable)
                 if saves or stops:
                     self._save(is_best=False)
