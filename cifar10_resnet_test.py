@@ -81,7 +81,7 @@ def load_images(args: argparse.Namespace, device: torch.device) -> data.Data:
 
 
 def build_network(args: argparse.Namespace, images: data.Data, checkpoint: dict | None) -> nn.Module:
-    """The network that is trained; with a checkpoint one of its shapes, which may be narrower than its name tells."""
+    """The network that is trained; with a checkpoint one of its shapes, which may be narrower than the network of its name."""
     classes = len(images.classes)
     if checkpoint is None and args.widths_of:
         return models.build_with_widths(args.widths_of, args.student, classes)

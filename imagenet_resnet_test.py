@@ -85,7 +85,7 @@ def load_images(args: argparse.Namespace) -> data.Data:
 
 
 def build_network(args: argparse.Namespace, images: data.Data, checkpoint: dict | None) -> nn.Module:
-    """The network that is trained; with a checkpoint one of its shapes, which may be narrower than its name tells."""
+    """The network that is trained; with a checkpoint one of its shapes, which may be narrower than the network of its name."""
     if checkpoint is None:
         net = models.build_torchvision(args.student, len(images.classes))
     else:

@@ -46,7 +46,7 @@ FORKS.set_forkserver_preload(["torch._dynamo", "matplotlib.pyplot", "cifar10_res
 
 @dataclass
 class Run:
-    """A run that was asked for: the processes of its ranks, and its working folder, in which `out` is the save path."""
+    """A run: the processes of its ranks, and its working folder, in which `out` is the save path."""
 
     processes: list[BaseProcess]
     folder: Path
@@ -104,7 +104,7 @@ def same(a, b) -> bool:
 
 
 def figures(folder: Path) -> dict[str, object]:
-    """What log, metrics.csv and results.json say, wall-clock times aside; a resumed run logs some lines twice."""
+    """What log, metrics.csv and results.json contain, wall-clock times aside; a resumed run logs some lines twice."""
     log = (folder / "log_seed_1.txt").read_text(errors="replace").splitlines()
     results = json.loads((folder / "results.json").read_text())
     keys = ("finished", "last_epoch_accuracy", "best_epoch_accuracy", "epochs_done", "filters")

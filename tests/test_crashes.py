@@ -42,7 +42,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(plain, whole, tmp_path, poi
     ("signum", "point", "count"),
     [(signal.SIGTERM, "step", 5), (signal.SIGINT, "test batch", 2), (signal.SIGTERM, "small network", 1)],
 )
-def test_a_stopped_run_says_how_to_continue(plain, whole, tmp_path, signum, point, count):
+def test_a_stopped_run_prints_how_to_continue(plain, whole, tmp_path, signum, point, count):
     stopped = run(tmp_path, plain, point=point, count=count, signum=signum)
     assert stopped.statuses == [128 + signum]
     assert "Traceback" not in stopped.errors and "out/checkpoint" in stopped.errors

@@ -253,6 +253,6 @@ def test_teachers_that_cannot_teach_are_refused(train, teacher, tmp_path, tree):
     nn.init.zeros_(ignorant.classifier.weight)
     torch.save({"arch": "resnet8", "state_dict": ignorant.state_dict()}, other)
     refuse(other, "no better than chance")
-    with pytest.raises(UserError, match="is a resnet8, --arch says resnet20"):
+    with pytest.raises(UserError, match="is a resnet8, --arch is resnet20"):
         train("--arch_small", "resnet8", "--teacher", teacher, arch="resnet20")
     assert not (tmp_path / "runs").exists()

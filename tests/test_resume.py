@@ -115,7 +115,7 @@ def test_auto_continues_the_same_run_and_no_other(train):
     assert train("--epochs", 1, "--save_path", second, "--resume", "auto") == second
 
 
-def test_auto_tells_runs_by_their_content_not_by_paths(train, tree, tmp_path, teacher):
+def test_auto_identifies_runs_by_their_content_not_by_paths(train, tree, tmp_path, teacher):
     """The data may lie elsewhere (a scratch folder per job), and so may the teacher."""
     (tmp_path / "linked").symlink_to(tree)
     first = train("--epochs", 1, "--resume", "auto", "--teacher", teacher)

@@ -15,7 +15,7 @@ from utils.train.resume import resume_command
 from utils.train.run_folder import LOCK_NAME, RunFolder, check_free, lock_folder, new_run_path
 
 
-def test_at_once_or_when_asked():
+def test_a_signal_stops_at_once_or_is_deferred():
     stop = StopRequest()
     with pytest.raises(Stopped), stop.handled():
         signal.raise_signal(signal.SIGTERM)

@@ -102,8 +102,8 @@ def make_deterministic() -> None:
 def fewest_compiled(largest: int) -> int:
     """Size from which mini-batches go through the compiled network, so that one compilation serves them all.
 
-    torch compiles anew on either side of 1 image (a constant to it), of 16 (its choice of a convolution kernel asks
-    for so many) and, on a CPU, where a sum over a channel passes 4096 numbers, which is at 64 images of 8x8 pixels.
+    torch compiles anew on either side of 1 image (a constant to it), of 16 (its choice of a convolution kernel
+    depends on it) and, on a CPU, where a sum over a channel passes 4096 numbers, which is at 64 images of 8x8 pixels.
     What is smaller is an epoch's first mini-batch, or its last one, and runs uncompiled.
     """
     return 65 if largest > 64 else 16

@@ -243,7 +243,7 @@ OPTIONS: dict[str, list[Option]] = {
         Option("use_state_dict", "accepted for the release's command lines; always so here", default=False),
     ],
 }  # fmt: skip
-# Options that every script words for itself. The teacher is told by its content (teacher_sha256), not by its path.
+# Options that each script describes in its own words. A teacher is identified by its content (teacher_sha256).
 RECIPE_OPTION = Option("recipe", "numbers for everything below that is not given (prune)", str, None, same_run=True)
 ALL: dict[str, Option] = {
     option.name: option
@@ -284,19 +284,10 @@ def _add(group: argparse._ArgumentGroup, option: Option, recipes: dict[str, dict
     help = option.help
     if option.default is RECIPE and "recipe" not in help:
         names = [name for name in ("baseline", "prune") if recipes[name][option.name] is not None]
-        texts = [_in_help(recipes[name][option.name]) for name in names]
+        texts = [str(recipes[name][option.name]).strip("[]").replace(",", "").replace("True", "on") for name in names]
         help += f" (recipe: {', pruning '.join(dict.fromkeys(texts)) or 'none'})"
     kind = dict(action="store_true") if option.type is None else dict(type=option.type, **option.settings)
     group.add_argument(f"--{option.name}", *option.flags, help=help.replace("%", "%%"), **kind)
-
-
-def _in_help(value) -> str:
-    """A recipe's number as the command line takes it."""
-    if isinstance(value, list):
-        return " ".join(map(_in_help, value))
-    if value is None or isinstance(value, bool):
-        return {True: "on", False: "off", None: "none"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def recipe_settings(recipe: str, dataset: str) -> dict:

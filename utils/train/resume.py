@@ -140,9 +140,10 @@ def _place(args: argparse.Namespace, checkpoint: dict | None, modified: int | No
         return Start(new_run_path(args.save_path, ""), checkpoint, True, notes=notes)
     check_writable(own)
     check_free(own)
-    latest = own / f"checkpoint.{arch}.pth.tar"
-    if latest.exists() and not latest.samefile(args.resume) and _progress(latest) > checkpoints.progress(checkpoint):
-        raise UserError(f"'{latest}' is further on than '{args.resume}'; resume it, or choose another --save_path")
+    is_latest = Path(args.resume).name == f"checkpoint.{arch}.pth.tar"
+    latest = None if is_latest else _furthest(own, arch, [])
+    if latest and checkpoints.progress(latest[1]) > checkpoints.progress(checkpoint):
+        raise UserError(f"'{latest[0]}' is further on than '{args.resume}'; resume it, or choose another --save_path")
     return Start(own, checkpoint, True, (Path(args.resume), modified), notes)
 
 
@@ -215,14 +216,6 @@ def _furthest(folder: Path, arch: str, notes: list[str]) -> tuple[Path, dict, in
             except UserError as error:
                 notes.append(f"note: {error}")
     return max(found, key=lambda entry: checkpoints.progress(entry[1]), default=None)
-
-
-def _progress(file: Path) -> tuple[int, int]:
-    """How far a checkpoint is, (-1, 0) where it cannot be read."""
-    try:
-        return checkpoints.progress(checkpoints.read(file))
-    except UserError:
-        return -1, 0
 
 
 def resume_command(script: str, argv: list[str], file: str, launcher: list[str]) -> str:

@@ -62,7 +62,7 @@ def load_teacher(args: argparse.Namespace, script: str) -> tuple[nn.Module, dict
     checkpoint = models.load_checkpoint(args.teacher, args.arch)
     arch = args.teacher_arch = checkpoint["arch"]
     if args.arch_small and arch != args.arch:
-        raise UserError(f"--teacher '{args.teacher}' is a {arch}, --arch says {args.arch}; use --arch {arch}")
+        raise UserError(f"--teacher '{args.teacher}' is a {arch}, --arch is {args.arch}; use --arch {arch}")
     return models.load(args.teacher, arch), checkpoint
 
 
