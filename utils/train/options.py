@@ -204,7 +204,6 @@ OPTIONS: dict[str, list[Option]] = {
                settings=dict(choices=LOSSES)),
         _recipe_option("ce_weight", "weight of the cross-entropy beside the terms", NOT_NEGATIVE, RECIPE,
                        idle=_no_teacher),
-        _recipe_option("share_classifier", "start from the teacher's last layer", default=False, idle=_no_teacher),
         _recipe_option("head_width", "two-layer head of this width for a CIFAR ResNet (released checkpoint: 20)", COUNT,
                        network=True, scripts="cifar"),
     ],
@@ -245,7 +244,7 @@ OPTIONS: dict[str, list[Option]] = {
         Option("use_state_dict", "accepted for the release's command lines; always so here", default=False),
     ],
 }  # fmt: skip
-# Options that every script words for itself. The teacher is told by its content (teacher_sha256), not by its path.
+# Options that each script describes in its own words. A teacher is identified by its content (teacher_sha256).
 RECIPE_OPTION = Option("recipe", "numbers for everything below that is not given (prune)", str, None, same_run=True)
 ALL: dict[str, Option] = {
     option.name: option
@@ -286,23 +285,10 @@ def _add(group: argparse._ArgumentGroup, option: Option, recipes: dict[str, dict
     help = option.help
     if option.default is RECIPE and "recipe" not in help:
         names = [name for name in ("baseline", "prune") if recipes[name][option.name] is not None]
-        texts = [" ".join(as_words(option, recipes[name][option.name])[1:]) for name in names]
+        texts = [str(recipes[name][option.name]).strip("[]").replace(",", "").replace("True", "on") for name in names]
         help += f" (recipe: {', pruning '.join(dict.fromkeys(texts)) or 'none'})"
     kind = dict(action="store_true") if option.type is None else dict(type=option.type, **option.settings)
     group.add_argument(f"--{option.name}", *option.flags, help=help.replace("%", "%%"), **kind)
-
-
-def as_words(option: Option, value) -> list[str]:
-    """The words of a command line that give an option this value; [] for a flag that is off."""
-    if option.type is None:
-        return [f"--{option.name}"] if value else []
-    return [f"--{option.name}", *map(_word, value if isinstance(value, (list, tuple)) else [value])]
-
-
-def _word(value) -> str:
-    if isinstance(value, float):
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    return {True: "on", False: "off", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def recipe_settings(recipe: str, dataset: str) -> dict:
@@ -325,9 +311,9 @@ def identity(settings: dict) -> dict:
 def phrase(name: str, value) -> str:
     """An option's value in words, for tables: "no regrowth", "decay 0.001"."""
     option = ALL.get(name)
-    known = {} if option is None or isinstance(value, list) else option.phrases
     text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-    return known.get(value, f"{name} {text}") if known else f"{name} {text}"
+    known = option.phrases.items() if option else ()
+    return next((words for key, words in known if key == value), f"{name} {text}")
 
 
 def parse(parser: OneLineParser, argv: Sequence[str]) -> dict:
@@ -342,19 +328,6 @@ def parse(parser: OneLineParser, argv: Sequence[str]) -> dict:
         if len(both) > 1:
             raise UserError(f"--{both[0]} and --{both[1]} exclude each other; give one")
     return given
-
-
-def check_saved(parser: OneLineParser, name: str, value, path: str) -> None:
-    """Raises UserError where a checkpoint's setting is none that the command line could give."""
-    option = ALL.get(name)
-    plain = value is None or isinstance(value, (str, bool)) or (option is not None and option.type is not None)
-    try:
-        words = as_words(option, value) if option and value is not None and plain and name != "teacher_sha256" else []
-        got = vars(parser.parse_args(words)).get(name, value) if plain else None
-    except (UserError, TypeError, ValueError):
-        plain, got = False, None
-    if not plain or got != value:
-        raise UserError(f"'{path}' was saved with {name}={value!r}, which is no such setting; give --{name}")
 
 
 def resolve(given: dict, adopted: dict, *, family: str, arch: str) -> argparse.Namespace:
@@ -404,7 +377,7 @@ def _check(args: argparse.Namespace, given: dict) -> None:
     """Raises UserError where options contradict each other."""
     gradual = args.recipe == "prune_gradual"
     only_gradual = [o.name for o in OPTIONS["gradual pruning (--recipe prune_gradual)"] if o.name in given]
-    only_teacher = [name for name in ("kd", "ce_weight", "share_classifier") if name in given]
+    only_teacher = [name for name in ("kd", "ce_weight") if name in given]
     plain = args.recipe in ("baseline", "distill")
     with_teacher = {"baseline": "distill", "prune": "prune_distill"}
     rate, schedule = f"HTrate={args.HTrate:g}", " ".join(map(str, args.schedule))
