@@ -196,6 +196,13 @@ def parse_term(text: str) -> Term:
         known = list(inspect.signature(LOSSES[loss]).parameters) if LOSSES[loss].__init__ is not Loss.__init__ else []
         known += ["standardise"] * (on == "logits")
         values = dict(part.partition("=")[::2] for part in options.split(",") if part)
+        signature = inspect.signature(LOSSES[loss]).parameters.values()
+        if missing := [
+            p.name
+            for p in signature
+            if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in values
+        ]:
+            raise ValueError(f"{loss} needs the option {missing[0]}, as {on}:{loss}:1:{missing[0]}=NUMBER")
         if unknown := [name for name in values if name not in known]:
             raise ValueError(f"{loss} on {on} has no option '{unknown[0]}'; its options: {', '.join(known) or 'none'}")
         term = Term(on, loss, _number("the weight", weight), {name: _number(name, v) for name, v in values.items()})
