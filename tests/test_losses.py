@@ -174,6 +174,16 @@ def test_two_terms_of_one_loss_on_the_same_outputs_are_refused():
         check_terms([Term("logits", "KL", 0.5), Term("logits", "KL", 1.0, {"T": 2.0})])
 
 
+def test_an_option_without_default_must_be_given(monkeypatch):
+    class Needy(losses.MSE):
+        def __init__(self, p):
+            super().__init__()
+
+    monkeypatch.setitem(LOSSES, "Needy", Needy)
+    with pytest.raises(UserError, match="Needy needs the option p, as logits:Needy:1:p=NUMBER"):
+        parse_term("logits:Needy")
+
+
 def test_a_newcomers_loss_needs_a_class_and_a_registry_entry(monkeypatch):
     class Power(losses.Loss):
         """Mean of |student - teacher|^p."""

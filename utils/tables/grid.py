@@ -32,7 +32,7 @@ METHODS = ("baseline", "prune", *GRADUAL, *TAUGHT)
 SET_HERE = {"arch", "arch_small", "recipe", "HTrate", "prune_rate", "manualSeed", "resume", "evaluate", "widths_of"}
 OF_PRUNED = {option.name for option in OPTIONS["pruning"]}
 OF_GRADUAL = {option.name for option in OPTIONS["gradual pruning (--recipe prune_gradual)"]}
-OF_TAUGHT = {"kd", "loss", "ce_weight", "share_classifier"}
+OF_TAUGHT = {"kd", "loss", "ce_weight"}
 
 
 def script_parser(text: str | None, name: str) -> OneLineParser:

@@ -193,15 +193,12 @@ def parse_term(text: str) -> Term:
         if on not in LOSSES[loss].compares:
             able = ", ".join(name for name in LOSSES if on in LOSSES[name].compares)
             raise ValueError(f"{loss} compares {', '.join(LOSSES[loss].compares)}; on {on} use {able}")
-        known = list(inspect.signature(LOSSES[loss]).parameters) if LOSSES[loss].__init__ is not Loss.__init__ else []
+        options_of = inspect.signature(LOSSES[loss].__init__).parameters
+        known = [name for name, p in options_of.items() if name != "self" and p.kind is p.POSITIONAL_OR_KEYWORD]
+        required = [name for name in known if options_of[name].default is inspect.Parameter.empty]
         known += ["standardise"] * (on == "logits")
         values = dict(part.partition("=")[::2] for part in options.split(",") if part)
-        signature = inspect.signature(LOSSES[loss]).parameters.values()
-        if missing := [
-            p.name
-            for p in signature
-            if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in values
-        ]:
+        if missing := [name for name in required if name not in values]:
             raise ValueError(f"{loss} needs the option {missing[0]}, as {on}:{loss}:1:{missing[0]}=NUMBER")
         if unknown := [name for name in values if name not in known]:
             raise ValueError(f"{loss} on {on} has no option '{unknown[0]}'; its options: {', '.join(known) or 'none'}")
