@@ -62,6 +62,7 @@ class AHSG_HT(Optimizer):
             parameters in their group (`following_additives`), right for Conv-BatchNorm-ReLU networks; order cannot tell
             them from networks with a PReLU per channel or with pre-activation blocks.
 
+    Every 4-D weight is thresholded: a convolution that makes the logits belongs into a group of its own with HTrate=1.
     All options but `additives` are parameter-group options: groups may differ, and a schedule may change them between
     steps. `additives` is configuration, as `params` is: not in the state dict, but in copies and pickles of the
     optimizer. A parameter whose gradient is None is neither updated nor thresholded. Transposed convolutions store

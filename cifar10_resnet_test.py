@@ -15,12 +15,6 @@ A run leaves in its --save_path: log, metrics.csv, curves.png, results.json, che
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    # Ctrl-C in the seconds that torch takes to be imported ends the process quietly; run_main handles it from there on.
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import sys
 from pathlib import Path
@@ -35,7 +29,7 @@ from utils.base.errors import UserError, run_main
 from utils.tables.comparison_line import comparison_line
 from utils.tables.runs import describe_source
 from utils.train import options, setup
-from utils.train.distributed import first_on_machine, from_first, is_first, on_all, process_group, synchronise_batchnorm
+from utils.train.distributed import first_on_machine, from_first, is_first, on_all, process_group
 from utils.train.resume import choose_start
 from utils.train.trainer import Trainer
 
@@ -87,7 +81,7 @@ def load_images(args: argparse.Namespace, device: torch.device) -> data.Data:
 
 
 def build_network(args: argparse.Namespace, images: data.Data, checkpoint: dict | None) -> nn.Module:
-    """The network that is trained; with a checkpoint one of its shapes, which may be narrower than its name tells."""
+    """The network that is trained; with a checkpoint one of its shapes, which may be narrower than the network of its name."""
     classes = len(images.classes)
     if checkpoint is None and args.widths_of:
         return models.build_with_widths(args.widths_of, args.student, classes)
@@ -109,9 +103,8 @@ def main(argv: list[str] | None = None) -> Path | None:
     argv = sys.argv[1:] if argv is None else argv
     given = options.parse(parser(), argv)
     with process_group(given) as device:
-        args, start = from_first(lambda: choose_start(given, parser(), settings, ARCH))
-        args.started_from = start.origin(args.resume)
-        teacher = on_all(lambda: setup.load_teacher(args, setup.command_of_teacher(SCRIPT, args)))
+        args, start = from_first(lambda: choose_start(given, settings, ARCH))
+        teacher = on_all(lambda: setup.load_teacher(args, SCRIPT))
         setup.prepare_process(args)
 
         # Data.
@@ -123,16 +116,12 @@ def main(argv: list[str] | None = None) -> Path | None:
 
         # Networks and teacher.
         net = on_all(lambda: build_network(args, images, start.checkpoint))
-        net.to(device, memory_format=torch.channels_last)
-        if args.sync_bn:
-            net = on_all(lambda: synchronise_batchnorm(net, device))
+        net = setup.place_network(net, args, device)
         if args.evaluate:
-            weights = start.checkpoint["state_dict"]
-            setup.test_only(net, images, args, device, weights, args.resume)
-            return None
+            return setup.test_only(net, images, args, device, start, args.resume)
         train_loader = on_all(lambda: setup.build_train_loader(images, args, device))
         test_loader = setup.build_test_loader(images, args, device)
-        objective, facts = setup.build_objective(teacher, net, images, test_loader, args, device)
+        objective, facts = setup.build_objective(teacher, net, images, test_loader, args)
         facts |= {"widths_from": describe_source(args.widths_of)} if args.widths_of else {}
 
         # Optimizer.
@@ -141,7 +130,7 @@ def main(argv: list[str] | None = None) -> Path | None:
 
         # Train, then cut out the small network.
         trainer = Trainer(
-            SCRIPT, argv, args, start, images, net, optimizer, objective, train_loader, test_loader, device,
+            [SCRIPT, *argv], args, start, images, net, optimizer, objective, train_loader, test_loader, device,
             network_facts=network_facts, facts=facts,
         )  # fmt: skip
         with on_all(lambda: setup.open_folder(args, start)) as run:

@@ -14,12 +14,6 @@ DATA holds train/<class>/* and val/<class>/*. Everything a run leaves behind is 
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    # Ctrl-C in the seconds that torch takes to be imported ends the process quietly; run_main handles it from there on.
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import os
 import sys
@@ -43,7 +37,6 @@ from utils.train.distributed import (
     local_world_size,
     on_all,
     process_group,
-    synchronise_batchnorm,
 )
 from utils.train.resume import choose_start
 from utils.train.trainer import Trainer
@@ -92,7 +85,7 @@ def load_images(args: argparse.Namespace) -> data.Data:
 
 
 def build_network(args: argparse.Namespace, images: data.Data, checkpoint: dict | None) -> nn.Module:
-    """The network that is trained; with a checkpoint one of its shapes, which may be narrower than its name tells."""
+    """The network that is trained; with a checkpoint one of its shapes, which may be narrower than the network of its name."""
     if checkpoint is None:
         net = models.build_torchvision(args.student, len(images.classes))
     else:
@@ -125,9 +118,8 @@ def main(argv: list[str] | None = None) -> Path | None:
     argv = sys.argv[1:] if argv is None else argv
     given = options.parse(parser(), argv)
     with process_group(given) as device:
-        args, start = from_first(lambda: choose_start(given, parser(), settings, ARCH))
-        args.started_from = start.origin(args.resume)
-        teacher = on_all(lambda: setup.load_teacher(args, setup.command_of_teacher(SCRIPT, args)))
+        args, start = from_first(lambda: choose_start(given, settings, ARCH))
+        teacher = on_all(lambda: setup.load_teacher(args, SCRIPT))
         setup.prepare_process(args)
 
         # Data.
@@ -136,16 +128,12 @@ def main(argv: list[str] | None = None) -> Path | None:
         # Networks and teacher.
         net = on_all(lambda: build_network(args, images, start.checkpoint))
         source = load_trained(net, args)
-        net.to(device, memory_format=torch.channels_last)
-        if args.sync_bn:
-            net = on_all(lambda: synchronise_batchnorm(net, device))
+        net = setup.place_network(net, args, device)
         if args.evaluate:
-            weights = start.checkpoint["state_dict"] if start.checkpoint else None
-            setup.test_only(net, images, args, device, weights, args.resume or source)
-            return None
+            return setup.test_only(net, images, args, device, start, args.resume or source)
         train_loader = on_all(lambda: setup.build_train_loader(images, args, device))
         test_loader = setup.build_test_loader(images, args, device)
-        objective, facts = setup.build_objective(teacher, net, images, test_loader, args, device)
+        objective, facts = setup.build_objective(teacher, net, images, test_loader, args)
         facts |= {"pretrained": source} if source else {}
         network_facts = {"library": "torchvision", "input_shape": [3, args.image_size, args.image_size]}
 
@@ -155,7 +143,7 @@ def main(argv: list[str] | None = None) -> Path | None:
 
         # Train, then cut out the small network.
         trainer = Trainer(
-            SCRIPT, argv, args, start, images, net, optimizer, objective, train_loader, test_loader, device,
+            [SCRIPT, *argv], args, start, images, net, optimizer, objective, train_loader, test_loader, device,
             network_facts=network_facts, facts=facts,
         )  # fmt: skip
         with on_all(lambda: setup.open_folder(args, start)) as run:

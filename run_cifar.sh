@@ -10,6 +10,10 @@
 # Recipes: prune (default), baseline, distill, prune_distill, finetune, prune_gradual. Without DATA: ./data, or a download.
 # A repeated command continues what was interrupted.
 set -euo pipefail
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    exit
+fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$root/utils/environment.sh"
 choose_python "$root/requirements.txt"

@@ -107,6 +107,7 @@ def load(name: str, path: str | os.PathLike, *, seed: int = 0, size: int | None 
         raise UserError(f"--image_size must be in {SIZES[0]}..{SIZES[-1]}, got {size}")
     if spec.make:
         (arrays, classes), source = spec.make(path), f"{name} images made by code"
+        _check_made(spec, arrays, classes)
     else:
         found = find_or_download(name, path, download=download)
         if isinstance(found, tuple):
@@ -121,6 +122,25 @@ def load(name: str, path: str | os.PathLike, *, seed: int = 0, size: int | None 
     train = ImageArrays(*arrays["train"], mean, std, augment=True, seed=seed)
     test = ImageArrays(*arrays["test"], mean, std, augment=False, seed=seed)
     return Data(name, train, test, classes, source)
+
+
+def _check_made(spec: Spec, arrays: Arrays, classes: list[str]) -> None:
+    """Raises UserError where Spec.make has not returned what its record promises."""
+    shape = (3, spec.size, spec.size)
+    if set(arrays) != {"train", "test"} or spec.classes not in (None, len(classes)):
+        found = f"{', '.join(arrays)} with {len(classes)} classes"
+        raise UserError(
+            f"data set {spec.name}: make must return train and test with {spec.classes} classes, got {found}"
+        )
+    for split, (images, labels) in arrays.items():
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != shape:
+            found = f"{images.dtype} {tuple(images.shape)}"
+            raise UserError(f"data set {spec.name}: {split} images must be torch.uint8 (N, *{shape}), got {found}")
+        if labels.dtype != torch.int64 or not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
+            found = f"{labels.dtype} in {int(labels.min())}..{int(labels.max())}"
+            raise UserError(
+                f"data set {spec.name}: {split} labels must be torch.int64 below {len(classes)}, got {found}"
+            )
 
 
 def find_or_download(name: str, path: str | os.PathLike, *, download: bool = True) -> tuple[Path, Path] | Path:

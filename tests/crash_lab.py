@@ -46,7 +46,7 @@ FORKS.set_forkserver_preload(["torch._dynamo", "matplotlib.pyplot", "cifar10_res
 
 @dataclass
 class Run:
-    """A run that was asked for: the processes of its ranks, and its working folder, in which `out` is the save path."""
+    """A run: the processes of its ranks, and its working folder, in which `out` is the save path."""
 
     processes: list[BaseProcess]
     folder: Path
@@ -104,7 +104,7 @@ def same(a, b) -> bool:
 
 
 def figures(folder: Path) -> dict[str, object]:
-    """What log, metrics.csv and results.json say, wall-clock times aside; a resumed run logs some lines twice."""
+    """What log, metrics.csv and results.json contain, wall-clock times aside; a resumed run logs some lines twice."""
     log = (folder / "log_seed_1.txt").read_text(errors="replace").splitlines()
     results = json.loads((folder / "results.json").read_text())
     keys = ("finished", "last_epoch_accuracy", "best_epoch_accuracy", "epochs_done", "filters")
@@ -122,7 +122,7 @@ def differences(folder: Path, whole: Path) -> list[str]:
     found = [n for n in names if not same(*(torch.load(path / n, weights_only=True) for path in (folder, whole)))]
     ours, theirs = figures(folder), figures(whole)
     found += [name for name in ours if ours[name] != theirs[name]]
-    return found + [path.name for path in folder.glob(".*")]
+    return found + [path.name for path in folder.glob(".*.tmp")]
 
 
 def resume_argv(text: str) -> list[str] | None:
@@ -158,17 +158,17 @@ def _measure() -> None:
     """Writes resident memory (bytes), open files and threads of this process to `measured`, a line per epoch."""
     from utils.train.run_folder import RunFolder
 
-    real = RunFolder.append_metrics
+    real = RunFolder.write_metrics
 
-    def append_metrics(run, row):
-        real(run, row)
+    def write_metrics(run, history):
+        real(run, history)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         files, threads = (len(os.listdir(f"/proc/self/{name}")) for name in ("fd", "task"))
         with open("measured", "a") as file:
             file.write(f"{pages * os.sysconf('SC_PAGE_SIZE')} {files} {threads}\n")
 
     if os.path.isdir("/proc/self/task"):
-        RunFolder.append_metrics = append_metrics
+        RunFolder.write_metrics = write_metrics
 
 
 def _watch(point: str | None, count: int, signum: int) -> None:

@@ -15,10 +15,9 @@ from models.resnet_cifar import CifarResNet
 from models.vgg_cifar import CifarVGG
 from utils.base.errors import UserError
 from utils.small.cut import make_small
-from utils.train import acceleration
-from utils.train.acceleration import Acceleration, CompiledForward, accelerate, choose_acceleration, why_no_bf16
+from utils.train.acceleration import Acceleration, CompiledForward, accelerate, choose_acceleration
 from utils.train.distillation import Distillation
-from utils.train.engine import evaluate
+from utils.train.engine import evaluate, to_device
 from utils.train.losses import parse_term
 from utils.train.objective import cross_entropy
 
@@ -50,110 +49,94 @@ def options(**given):
     return argparse.Namespace(**({"amp": None, "compile": False, "deterministic": False, "tf32": False} | given))
 
 
-# ---- what is chosen ---------------------------------------------------------------------------------------------------
+# What is chosen
 
 
-def test_a_cpu_computes_in_float32_unless_asked(monkeypatch):
-    monkeypatch.setattr(acceleration, "why_no_bf16", lambda device: None)
-    assert choose_acceleration(options(), CPU) == Acceleration()
-    assert choose_acceleration(options(amp=True), CPU).amp
-    assert "bfloat16" in str(AMP) and "float32" in str(Acceleration())
+GPU = torch.device("cuda")
 
 
-def test_a_gpu_with_bfloat16_uses_it_unless_told_not_to(monkeypatch):
-    monkeypatch.setattr(acceleration, "why_no_bf16", lambda device: None)
-    gpu = torch.device("cuda")
-    assert choose_acceleration(options(), gpu).amp
-    assert not choose_acceleration(options(amp=False), gpu).amp
+@pytest.mark.parametrize(
+    ("device", "capability", "amp", "expected"),
+    [
+        (CPU, None, None, "float32"),
+        (CPU, None, True, "bfloat16"),
+        (GPU, 8, None, "bfloat16"),
+        (GPU, 9, False, "float32"),
+        (GPU, 7, None, "float32"),
+    ],
+)
+def test_bfloat16_is_the_default_where_a_gpu_computes_in_it(monkeypatch, tf32_off, device, capability, amp, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 5))
+    chosen = choose_acceleration(options(amp=amp), device)
+    assert chosen.arithmetic == expected and f"arithmetic: {expected}," in str(chosen)
 
 
-@pytest.mark.parametrize("capability, fits", [((6, 1), False), ((7, 5), False), ((8, 0), True), ((9, 0), True)])
-def test_only_gpus_from_compute_capability_8_have_bfloat16(monkeypatch, capability, fits):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    chosen = choose_acceleration(options(amp=True), torch.device("cuda"))
-    assert chosen.amp == fits and bool(chosen.notes) != fits
-
-
-def test_amp_without_the_hardware_is_left_out_and_said(monkeypatch):
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
-    chosen = choose_acceleration(options(amp=True), CPU)
-    assert not chosen.amp and chosen.notes == ("note: --amp is left out: this CPU has neither AVX512_BF16 nor AMX",)
-    assert accelerate(network(), cross_entropy, CPU, chosen, 8) is cross_entropy
-
-
-def test_compile_without_a_compiler_is_one_line(monkeypatch):
+def test_what_the_machine_lacks_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(UserError, match=r"--amp needs a GPU of compute capability 8\.0"):
+        choose_acceleration(options(amp=True), GPU)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(UserError, match="--compile needs a C\\+\\+ compiler"):
+    with pytest.raises(UserError, match=r"--compile needs a C\+\+ compiler"):
         choose_acceleration(options(compile=True), CPU)
 
 
-def test_the_run_prints_what_was_chosen(train):
-    folder = train("--epochs", "1")
-    log = (folder / "log_seed_1.txt").read_text()
-    assert "arithmetic: float32, eager, channels_last" in log
-
-
-@pytest.mark.skipif(why_no_bf16(CPU) is not None, reason="this CPU has no bfloat16 arithmetic")
 def test_a_run_with_amp_keeps_float32_weights(train):
-    folder = train("--epochs", "1", "--amp")
-    assert "arithmetic: bfloat16 autocast" in (folder / "log_seed_1.txt").read_text()
+    try:
+        folder = train("--epochs", 1, "--amp", "--deterministic")
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(False)
+    log = (folder / "log_seed_1.txt").read_text()
+    assert "arithmetic: bfloat16, eager, channels_last, deterministic" in log
     saved = torch.load(folder / "checkpoint.resnet8.pth.tar", weights_only=True)
     assert {v.dtype for v in saved["state_dict"].values()} == {torch.float32, torch.int64}
     assert {v.dtype for s in saved["optimizer"]["state"].values() for v in s.values()} == {torch.float32}
 
 
-def test_deterministic_runs_are_equal_and_say_so(train):
-    try:
-        runs = [train("--epochs", "1", "--deterministic", "--save_path", name) for name in ("a", "b")]
-        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert "channels_last, deterministic" in (runs[0] / "log_seed_1.txt").read_text()
-    a, b = (torch.load(run / "checkpoint.resnet8.pth.tar", weights_only=True)["state_dict"] for run in runs)
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
 @pytest.fixture
-def tf32_switches():
+def tf32_off():
+    """The two switches, set back afterwards."""
     switches = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [switch.allow_tf32 for switch in switches]
-    for switch in switches:
-        switch.allow_tf32 = True
     yield switches
     for switch, value in zip(switches, before, strict=True):
         switch.allow_tf32 = value
 
 
 @pytest.mark.parametrize("tf32", [False, True])
-def test_tf32_is_an_arithmetic_of_its_own_and_never_that_of_tests(tf32, monkeypatch, tf32_switches):
+def test_tf32_is_an_arithmetic_of_its_own_and_never_that_of_tests(tf32, monkeypatch, tf32_off):
     """cuDNN's convolutions compute in TF32 by default: off without --tf32, and in every test pass."""
-    switches = tf32_switches
-    monkeypatch.setattr(acceleration, "why_no_bf16", lambda device: None)
-    chosen = choose_acceleration(options(amp=False, tf32=tf32), torch.device("cuda"))
-    assert chosen.arithmetic == ("TF32" if tf32 else "float32") and chosen.arithmetic in str(chosen)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    for switch in tf32_off:
+        switch.allow_tf32 = True
+    chosen = choose_acceleration(options(amp=False, tf32=tf32), GPU)
+    assert chosen.arithmetic == ("TF32" if tf32 else "float32")
     seen = []
     net = nn.Sequential(nn.Flatten(), nn.Linear(2, 3))
-    net.register_forward_hook(lambda *_: seen.append([switch.allow_tf32 for switch in switches]))
+    net.register_forward_hook(lambda *_: seen.append([switch.allow_tf32 for switch in tf32_off]))
     pixels, labels = torch.zeros(4, 2, 1, 1, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
     evaluate(net, data.DataLoader(data.ImageArrays(pixels, labels, [0.5] * 2, [0.5] * 2, augment=False), 4), CPU)
-    assert seen == [[False, False]] and [switch.allow_tf32 for switch in switches] == [tf32, tf32]
+    assert seen == [[False, False]] and [switch.allow_tf32 for switch in tf32_off] == [tf32, tf32]
 
 
-# ---- bfloat16 ---------------------------------------------------------------------------------------------------------
+# bfloat16
 
 
 def test_under_amp_convolutions_are_bfloat16_and_all_else_that_is_kept_is_float32():
-    net, (images, labels) = network(), batch()
-    seen = {}
+    net, (images, labels) = network(), batch(32)
+    seen, other = {}, copy.deepcopy(net)
+    cross_entropy(other, images, labels)[0].backward()
     net.conv_1_3x3.register_forward_hook(lambda module, inputs, output: seen.update(conv=output.dtype))
     net.bn_1.register_forward_pre_hook(lambda module, inputs: seen.update(bn_input=inputs[0].detach()))
     loss, logits = accelerate(net, cross_entropy, CPU, AMP, 8)(net, images, labels)
     loss.backward()
     assert seen["conv"] == torch.bfloat16
-    assert loss.dtype == logits.dtype == torch.float32
+    assert loss.dtype == logits.dtype == torch.float32 and torch.equal(loss, F.cross_entropy(logits, labels))
+    assert torch.equal(logits, logits.bfloat16().float()), "the logits were computed in bfloat16"
     assert {p.grad.dtype for p in net.parameters()} == {torch.float32}
+    a, b = (torch.cat([p.grad.flatten() for p in n.parameters()]) for n in (net, other))
+    assert 0 < ((a - b).norm() / b.norm()).item() < 0.2
     # The statistics are those that float32 arithmetic gives of the bfloat16 activations.
     assert net.bn_1.running_mean.dtype == net.bn_1.running_var.dtype == torch.float32
     x = seen["bn_input"].double()
@@ -161,13 +144,6 @@ def test_under_amp_convolutions_are_bfloat16_and_all_else_that_is_kept_is_float3
     torch.testing.assert_close(net.bn_1.running_mean.double(), 0.1 * x.mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
     var = 0.9 + 0.1 * x.var((0, 2, 3), correction=0) * n / (n - 1)
     torch.testing.assert_close(net.bn_1.running_var.double(), var, rtol=1e-4, atol=1e-6)
-
-
-def test_under_amp_the_cross_entropy_is_that_of_the_logits_in_float32():
-    net, (images, labels) = network(), batch()
-    loss, logits = accelerate(net, cross_entropy, CPU, AMP, 8)(net, images, labels)
-    assert torch.equal(loss, F.cross_entropy(logits, labels))
-    assert torch.equal(logits, logits.bfloat16().float()), "the logits were computed in bfloat16"
 
 
 @pytest.mark.parametrize("term", ["feature:MSE", "stages:SmoothL1", "logits:KL", "logits:L1"])
@@ -183,30 +159,7 @@ def test_under_amp_distances_are_taken_in_float32(term):
     assert value.item() > exact.item() > 0
 
 
-def test_under_amp_filters_are_ranked_by_float32_norms():
-    """Two filters whose norms differ by less than bfloat16 can tell: the larger one is kept."""
-    net, (images, labels) = network(), batch()
-    weight = net.stage_1[0].conv_a.weight
-    with torch.no_grad():
-        weight.copy_(weight[:1].expand_as(weight) * torch.linspace(1, 1.001, 16)[torch.randperm(16)].view(-1, 1, 1, 1))
-    order = weight.detach().flatten(1).norm(dim=1).argsort(descending=True)
-    optimizer = AHSG_HT(net.parameters(), lr=0.0, HTrate=0.5)
-    accelerate(net, cross_entropy, CPU, AMP, 8)(net, images, labels)[0].backward()
-    optimizer.step()
-    kept = weight.detach().flatten(1).norm(dim=1).nonzero().flatten()
-    assert set(kept.tolist()) == set(order[:8].tolist())
-
-
-def test_amp_gradients_are_those_of_float32_to_bfloat16s_precision():
-    net, (images, labels) = network(), batch(32)
-    other = copy.deepcopy(net)
-    accelerate(net, cross_entropy, CPU, AMP, 8)(net, images, labels)[0].backward()
-    cross_entropy(other, images, labels)[0].backward()
-    a, b = (torch.cat([p.grad.flatten() for p in n.parameters()]) for n in (net, other))
-    assert 0 < ((a - b).norm() / b.norm()).item() < 0.2
-
-
-# ---- compilation ------------------------------------------------------------------------------------------------------
+# Compilation
 
 
 @pytest.fixture
@@ -244,11 +197,10 @@ def train_on(net, objective, sizes=SIZES):
 @pytest.mark.parametrize(
     "make",
     [
-        network,
         lambda: CifarVGG(11, batch_norm=True).train(),
         lambda: make_small(network().eval(), batch(1, size=32)[0])[0].train(),
     ],
-    ids=["resnet", "vgg", "small network of torch.fx"],
+    ids=["vgg", "small network of torch.fx"],
 )
 def test_a_growing_mini_batch_compiles_once(graphs, traced_only, make):
     torch.manual_seed(0)
@@ -284,20 +236,20 @@ def test_compiled_steps_are_those_of_the_eager_network(graphs):
 
 
 def test_a_compiled_run_leaves_ordinary_files_and_resumes(train, traced_only, graphs):
-    folder = train("--epochs", "1", "--compile")
+    folder = train("--epochs", 1, "--compile")
     saved = torch.load(folder / "checkpoint.resnet8.pth.tar", weights_only=True)
     assert list(saved["state_dict"]) == list(CifarResNet(8, 10).state_dict())
     assert (folder / "small.resnet8.pth.tar").is_file()
-    assert "float32, compiled" in (folder / "log_seed_1.txt").read_text()
-    train("--resume", str(folder / "checkpoint.resnet8.pth.tar"), "--epochs", "2")
-    assert (folder / "log_seed_1.txt").read_text().count("float32, compiled") == 2
-    assert graphs() <= 2
+    train("--resume", folder / "checkpoint.resnet8.pth.tar", "--epochs", 2)
+    assert (folder / "log_seed_1.txt").read_text().count("float32, compiled") == 2 and graphs() <= 2
 
 
-# ---- layout and memory ------------------------------------------------------------------------------------------------
+# Layout and memory
 
 
 def test_channels_last_gradients_are_those_of_nchw():
+    made, _ = to_device(torch.zeros(2, 3, 4, 4), torch.zeros(2), CPU)
+    assert made.is_contiguous(memory_format=torch.channels_last)
     net, (images, labels) = network().double(), batch()
     images = images.double()
     other = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
@@ -305,22 +257,3 @@ def test_channels_last_gradients_are_those_of_nchw():
     cross_entropy(other, images.contiguous(), labels)[0].backward()
     for p, q in zip(net.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
-
-
-def test_mini_batches_come_in_channels_last(tree):
-    import data
-
-    images = data.load("cifar10", tree)
-    for part in (images.train, images.test):
-        made, _ = part.__getitems__([3, 1, 2])
-        assert part.normalise(made).is_contiguous(memory_format=torch.channels_last)
-
-
-def test_reusing_freed_memory_changes_no_figure():
-    from utils.train.device import reuse_freed_memory
-
-    net = nn.Linear(2000, 2000)
-    x = torch.randn(500, 2000)
-    before = net(x)
-    reuse_freed_memory()
-    assert torch.equal(net(x), before)

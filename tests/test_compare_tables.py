@@ -8,17 +8,25 @@ from scipy import stats
 
 import models
 from utils.base.errors import UserError
-from utils.small.counts import papers_cut
 from utils.tables.compare import order, published_beside
 from utils.tables.comparison_line import comparison_line
-from utils.tables.costs import papers_cut_by_layer
+from utils.tables.costs import papers_cut
 from utils.tables.published import PUBLISHED, read_published
 from utils.tables.report import BEGIN, END, main, make_report, replace_block, update
-from utils.tables.runs import ROOT, find_runs
+from utils.tables.runs import ROOT, describe_source, find_runs
 from utils.tables.statistics import half_width, half_width_of_difference
 from utils.train.options import recipe_settings
 
 SHORT = dict(epochs=10, schedule=[1, 3, 6, 8])
+
+
+def layers(depth, rate):
+    """The entry `filters` of results.json, for a CIFAR ResNet whose layers keep a share of their filters."""
+    weights = [(name, list(w.shape)) for name, w in models.build(f"resnet{depth}").named_parameters() if w.ndim == 4]
+    return [{"name": name, "shape": shape, "kept": rate * shape[0]} for name, shape in weights]
+
+
+RESNET20 = layers(20, 0.7)
 
 
 @pytest.fixture
@@ -31,9 +39,9 @@ def put(tmp_path):
         results = {
             **dict(finished=True, recipe=recipe, dataset="cifar10", synthetic_data=False, arch="resnet20", seed=seed),
             **dict(epochs_done=own["epochs"], epochs_run_here=own["epochs"], train_images=50_000, test_images=10_000),
-            **dict(last_epoch_accuracy=last, best_epoch_accuracy=last + 0.5, HTrate=own["HTrate"], num_classes=10),
-            **dict(prune_rate=round(1 - own["HTrate"], 12), settings=own, command=f"python train.py --name {name}"),
-            **dict(small={"before": whole, "after": small} if own["HTrate"] < 1 else {}, network=whole, seconds=600.0),
+            **dict(last_epoch_accuracy=last, best_epoch_accuracy=last + 0.5, prune_rate=round(1 - own["HTrate"], 12)),
+            **dict(settings=own, command=f"python train.py --name {name}", network=whole, seconds=600.0),
+            **dict(small={"before": whole, "after": small} if own["HTrate"] < 1 else {}, filters=RESNET20),
             **(changes or {}),
         }
         if own.get("teacher"):
@@ -83,7 +91,7 @@ def test_order_needs_two_seeds_on_both_sides(put, tmp_path):
         put(f"free{seed}", last=88.1 + 0.1 * seed, seed=seed, no_regrow=True)
     put("one", last=95.0, k=None)
     first, *pairs = order(groups(tmp_path))
-    assert "1 of 4 rows have one seed: no order follows" in first and not any("95.00" in line for line in pairs)
+    assert "1 of 4 rows have one seed, so no order" in first and not any("95.00" in line for line in pairs)
     assert ["is ahead of" in line for line in pairs] == [True, True, False]
 
 
@@ -123,7 +131,7 @@ def test_a_full_row_says_everything(put, tmp_path):
     folder = put("pruned", last=91.0, changes={"pieces": 3})
     timings = [dict(device="cpu", batch_size=b, speed_up=s) for b, s in ((128, 1.25), (1, 9.0))]
     (folder / "latency.resnet20.json").write_text(json.dumps({"timings": timings}))
-    parts = ["SFP 90.83 ± 0.31 (-42.2 %, FPGM-T1)", "+0.17<br>-0.09", "91.00 one seed (91.50)", "random weights"]
+    parts = ["SFP 90.83 ± 0.31 (-42.2 %, FPGM-T1): **+0.17**<br>", "91.00 (91.50)", "random weights"]
     parts += ["20.28 M (-50.0 %) | -42.2 %", "| 10, ? of ? CPU cores, in 3 pieces |", "1.25 (batch 128, cpu)"]
     text = report(tmp_path).split("\n## ")[0]
     assert all(part in text for part in [*parts, "[seed 1](pruned/log_seed_1.txt)"])
@@ -144,45 +152,33 @@ def test_a_full_row_says_everything(put, tmp_path):
 def test_what_must_not_be_compared_is_not_subtracted(put, tmp_path, changes, settings, remark):
     put("pruned", changes=changes, **settings)
     (group,) = groups(tmp_path)
-    assert group.first.remark == remark and ("| difference |" in report(tmp_path)) == (not remark)
+    assert group.first.remark == remark and ("| published |" in report(tmp_path)) == (not remark)
 
 
-def test_a_run_is_measured_against_its_own_baseline_of_equal_length(put, tmp_path):
-    put("base", "baseline", last=92.0)
-    put("pruned", last=75.0, **SHORT)
-    assert "less own unpruned" not in report(tmp_path)
-    put("short base", "baseline", last=83.0, **SHORT)
-    put("short base bf16", "baseline", last=80.0, changes={"arithmetic": "bfloat16"}, **SHORT)
-    assert "| -8.00 |" in report(tmp_path) and "-5.00" not in report(tmp_path)
+OF_TRAINED = dict(started_from="x.th", learning_rate=0.05, warmup=0.0, prune_begin=0.05, prune_end=0.5)
 
 
-def test_what_a_run_is_follows_from_settings_not_from_folder_names(put, tmp_path):
-    of_trained = dict(started_from="x.th", learning_rate=0.05, warmup=0.0, prune_begin=0.05, prune_end=0.5)
-    put("baseline", no_regrow=True)
-    put("c1", k=None)
-    put("c2", v=0)
-    put("c3")
-    put("c4", "baseline", widths_of="nowhere/small.resnet20.pth.tar")
-    put("c5", "distill", teacher="t")
-    put("c6", "finetune")
-    put("c7", **SHORT)
-    put("c8", "prune_gradual", changes={"arithmetic": "bfloat16", "processes": 2})
-    put("c9", "prune_gradual", HTrate=1.0, macs_cut=0.5, **of_trained)
-    put("c10", HTrate=1.0)
-    assert {group.first.name.removeprefix("resnet20 ") for group in groups(tmp_path)} == {
-        *(
-            "AHSG-HT 30 %, no regrowth",
-            "AHSG-HT 30 %, fixed mini-batch",
-            "HSG-HT 30 %, no heavy ball",
-            "AHSG-HT 30 %",
-            "KD",
-        ),
-        *("small network from scratch, of unknown", "AHSG-HT, fine-tuned 30 %", "gradual 30 %, bfloat16, 2 processes"),
-        *("gradual 50 % of multiply-adds", "heavy ball, unpruned"),
-    }
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [
+        (dict(no_regrow=True), "AHSG-HT 30 %, no regrowth"),
+        (dict(k=None), "AHSG-HT 30 %, fixed mini-batch"),
+        (dict(v=0), "HSG-HT 30 %, no heavy ball"),
+        (SHORT, "AHSG-HT 30 %"),
+        (dict(HTrate=1.0), "heavy ball, unpruned"),
+        (dict(recipe="distill", teacher="t"), "unpruned+KD"),
+        (dict(recipe="finetune"), "AHSG-HT, fine-tuned 30 %"),
+        (dict(recipe="prune_gradual", changes=dict(arithmetic="TF32", processes=2)), "gradual 30 %, TF32, 2 processes"),
+        (dict(recipe="prune_gradual", HTrate=1.0, macs_cut=0.5, **OF_TRAINED), "gradual 50 % of multiply-adds"),
+        (dict(recipe="baseline", widths_of="x"), "small network from scratch, of unknown"),
+    ],
+)
+def test_what_a_run_is_follows_from_settings_not_from_folder_names(put, tmp_path, run, name):
+    folder = put("baseline", **run)
+    assert groups(tmp_path)[0].first.name == describe_source(f"{folder}/small.resnet20.pth.tar") == name
 
 
-def test_runs_are_pooled_when_they_differ_by_seed_and_place_only(put, tmp_path):
+def test_runs_are_pooled_when_they_differ_by_seed_and_place_only_and_the_rest_is_named(put, tmp_path):
     put("a", seed=1, workers=0)
     put("b", seed=2, workers=4, save_path="elsewhere")
     put("c", seed=3, decay=1e-4)
@@ -191,26 +187,18 @@ def test_runs_are_pooled_when_they_differ_by_seed_and_place_only(put, tmp_path):
     for seed, sha in ((7, "00"), (8, "00"), (9, "11")):
         teacher = {"arch": "resnet56", "accuracy": 93.2, "sha256": sha}
         put(f"t{seed}", "prune_distill", seed=seed, teacher=f"{seed}.tar", changes={"teacher": teacher})
-    assert sorted(tuple(group.last) for group in groups(tmp_path)) == [(1, 2), (3,), (4,), (5,), (6,), (7, 8), (9,)]
+    put("u", last=80.0)
+    put("v", seed=2, changes=dict(finished=False, epochs_done=20))
+    found, notes = find_runs([tmp_path])
+    assert sorted(tuple(group.last) for group in found) == [(1, 2), (3,), (4,), (5,), (6,), (7, 8), (9,)]
+    assert "u repeats seed 1 (80.00 %)" in notes[0] and "20 of 200 epochs" in notes[1]
 
 
-def test_small_networks_are_told_by_what_they_were_cut_out_of(put, tmp_path):
-    for name, seed, more in (("p1", 1, {}), ("p2", 2, {}), ("n", 1, {"no_regrow": True})):
-        file = put(name, seed=seed, **more) / "small.resnet20.pth.tar"
-        put(f"s{name}", "baseline", seed=seed, widths_of=str(file))
-    found = {group.first.small_of: list(group.last) for group in groups(tmp_path) if group.first.is_small}
-    assert found == {"AHSG-HT 30 %": [1, 2], "AHSG-HT 30 %, no regrowth": [1]}
+DAMAGE = ["{", "[1]", "[" * 100_000, b"\xff\xfe", {"last_epoch_accuracy": None}, {"last_epoch_accuracy": 900.0}]
+DAMAGE += [{"last_epoch_accuracy": math.nan}, {"recipe": "none"}, {"seed": []}, {"small": {"after": "few"}}]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        *("{", "[1]", "[" * 100_000, b"\xff\xfe", {"last_epoch_accuracy": None}, {"last_epoch_accuracy": 900.0}),
-        *({"last_epoch_accuracy": math.nan}, {"recipe": "none"}, {"settings": {"k": "many"}}, {"seed": []}),
-        {"arch": "resnet21", "small": {}},
-        *({"teacher": {"arch": "a"}, "settings": {"teacher": "t"}}, {"small": {"after": {"multiply_adds": "few"}}}),
-    ],
-)
+@pytest.mark.parametrize("content", DAMAGE)
 def test_damaged_results_are_named_and_passed_over(put, tmp_path, content):
     put("good")
     file = put("bad", seed=2) / "results.json"
@@ -218,33 +206,22 @@ def test_damaged_results_are_named_and_passed_over(put, tmp_path, content):
         content = json.dumps({**json.loads(file.read_text()), **content})
     file.write_bytes(content.encode() if isinstance(content, str) else content)
     (group,), (note,) = find_runs([tmp_path])
-    assert len(group) == 1 and "bad is damaged and passed over: " in note
+    assert len(group.runs) == 1 and "bad is damaged and passed over: " in note
 
 
-def test_unfinished_and_repeated_runs_are_named(put, tmp_path):
-    put("a", last=90.0)
-    put("b", last=80.0)
-    put("c", seed=2, changes=dict(finished=False, epochs_done=20))
-    (group,), notes = find_runs([tmp_path])
-    assert group.last == {1: 90.0} and "b repeats seed 1 (80.00 %)" in notes[0] and "20 of 200 epochs" in notes[1]
-
-
-def test_committed_runs_of_before_are_readable_and_counted():
-    runs = {run.folder.name: run for group in groups(ROOT / "results/cpu-10-epochs") for run in group}
+def test_committed_runs_are_readable():
+    runs = {run.folder.name: run for group in groups(ROOT / "results/cpu-10-epochs") for run in group.runs}
     assert len(runs) == 9 and runs["prune"].costs.left == 21_420_768 and runs["baseline"].costs.full == 40_551_040
     assert runs["prune"].speed_up == "1.58 (batch 128, cpu)" and runs["prune_distill"].teacher == "resnet20 of 91.71 %"
-    assert runs["small_scratch"].name.startswith("resnet20 small network from scratch, of AHSG-HT 30 %")
 
 
 @pytest.mark.parametrize(
     ("depth", "cuts"), [(20, (42.2, 54)), (32, (41.5, 53.2)), (56, (41.1, 52.6)), (110, (40.8, 52.3))]
 )
 def test_the_papers_formula_gives_the_papers_cuts_by_rate_and_by_layer(depth, cuts):
-    weights = [(name, list(w.shape)) for name, w in models.build(f"resnet{depth}").named_parameters() if w.ndim == 4]
     for rate, cut in zip((0.7, 0.6), cuts, strict=True):
-        filters = [{"name": name, "shape": shape, "kept": rate * shape[0]} for name, shape in weights]
-        assert round(100 * papers_cut(depth, rate), 1) == cut
-        assert papers_cut_by_layer(filters) == pytest.approx(papers_cut(depth, rate))
+        by_layer, by_rate = papers_cut(layers(depth, rate)), papers_cut(layers(depth, 0.1), rate)
+        assert round(100 * by_rate, 1) == cut and by_layer == pytest.approx(by_rate)
 
 
 @pytest.mark.parametrize(
@@ -270,19 +247,16 @@ def test_update_writes_report_picture_and_the_readmes_block(put, tmp_path):
     update(tmp_path)
     text, readme = (tmp_path / "results/README.md").read_text(), (tmp_path / "README.md").read_text()
     first, rest = text.split("## By hand\n\nStays | as it is.\n")
-    assert "91.00 one seed" in first and "(full/log_seed_1.txt)" in first and "70.00 one seed" in rest
+    assert "91.00 (91.50)" in first and "(full/log_seed_1.txt)" in first and "70.00 (70.50)" in rest
     assert "![accuracy against multiply-adds](accuracy.png)" in rest and "`python a | b`" in rest
     assert readme.startswith(f"before\n{BEGIN}\n") and readme.endswith(f"{END}\nafter\n") and "old" not in readme
-    assert "91.00 one seed" in readme and "70.00" not in readme
+    assert "91.00 (91.50)" in readme and "70.00" not in readme
     assert (tmp_path / "results/accuracy.png").read_bytes().startswith(b"\x89PNG")
     update(tmp_path)
     assert (tmp_path / "results/README.md").read_text() == text and (tmp_path / "README.md").read_text() == readme
-
-
-@pytest.mark.parametrize("text", ["", BEGIN, f"{END} {BEGIN}", f"{BEGIN} {END} {END}"])
-def test_a_readme_without_its_markers_is_refused(text):
-    with pytest.raises(UserError, match="once each"):
-        replace_block(text, "block")
+    for text in ("", BEGIN, f"{END} {BEGIN}", f"{BEGIN} {END} {END}"):
+        with pytest.raises(UserError, match="once each"):
+            replace_block(text, "block")
 
 
 def test_the_command_prints_the_tables(put, tmp_path, capsys):

@@ -2,13 +2,10 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-from crash_lab import FLAGS, NAME, ROOT, differences, resume_argv, run, start
+from crash_lab import FLAGS, NAME, differences, resume_argv, run, start
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +42,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(plain, whole, tmp_path, poi
     ("signum", "point", "count"),
     [(signal.SIGTERM, "step", 5), (signal.SIGINT, "test batch", 2), (signal.SIGTERM, "small network", 1)],
 )
-def test_a_stopped_run_says_how_to_continue(plain, whole, tmp_path, signum, point, count):
+def test_a_stopped_run_prints_how_to_continue(plain, whole, tmp_path, signum, point, count):
     stopped = run(tmp_path, plain, point=point, count=count, signum=signum)
     assert stopped.statuses == [128 + signum]
     assert "Traceback" not in stopped.errors and "out/checkpoint" in stopped.errors
@@ -62,6 +59,12 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_mini_batch(plain, tmp_pat
     resumed = run(tmp_path / "part", [*plain, "--resume", "auto"], ranks=2)
     assert resumed.statuses == [0, 0], resumed.errors
     assert differences(tmp_path / "part/out", tmp_path / "whole/out") == []
+
+
+def test_a_mistake_that_shows_when_the_processes_have_met_is_printed_once(tmp_path):
+    done = run(tmp_path, ["nowhere", *FLAGS, "--dataset", "folder"], ranks=2)
+    assert done.statuses == [2, 2] and (tmp_path / "stderr1").read_text() == ""
+    assert done.errors.count("\n") == 1 and "nowhere" in done.errors and done.errors.startswith("error: ")
 
 
 def test_before_there_is_anything_to_save_a_signal_ends_the_run_at_once(plain, tmp_path):
@@ -88,26 +91,10 @@ def test_a_second_run_is_locked_out_until_the_first_is_gone(plain, whole, tmp_pa
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="measured through /proc")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_thirty_epochs_take_no_more_memory_files_or_threads_than_five(plain, tmp_path, workers):
-    flags = [*plain, "--epochs", "30", "--print_freq", "100", "--HTrate", "1", "--v", "0", "--workers", str(workers)]
+def test_thirty_epochs_take_no_more_memory_files_or_threads_than_five(plain, tmp_path):
+    flags = [*plain, "--epochs", "30", "--print_freq", "100", "--HTrate", "1", "--v", "0", "--workers", "2"]
     done = run(tmp_path, flags)
     assert done.statuses == [0], done.errors
     lines = [[int(n) for n in line.split()] for line in (tmp_path / "measured").read_text().splitlines()]
-    assert len(lines) == 30
-    assert all(last <= 1.02 * fifth for fifth, last in zip(lines[4], lines[-1], strict=True))
-
-
-def test_ctrl_c_while_python_still_imports_leaves_no_traceback(tmp_path):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, ROOT / "cifar10_resnet_test.py"], cwd=tmp_path, **pipes)
-    # Python's own start-up is not ours.
-    maps = Path(f"/proc/{process.pid}/maps")
-    for _ in range(300):
-        time.sleep(0.02)
-        if maps.exists() and "libtorch" in maps.read_text():
-            break
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert b"Traceback" not in errors and process.returncode in (-signal.SIGINT, 130)
-    assert list(tmp_path.iterdir()) == []
+    assert len(lines) == 31
+    assert all(last <= 1.02 * fifth for fifth, last in zip(lines[5], lines[-1], strict=True))

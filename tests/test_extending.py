@@ -8,9 +8,12 @@ from torch import nn
 
 import AHSG_HT
 import cifar10_resnet_test as script
+import data
 import models
 from data import DATASETS, Spec
 from data.synthetic import make_images
+from utils.base.errors import UserError
+from utils.prune.scores import SCORES
 from utils.train.losses import LOSSES, Loss
 
 
@@ -78,6 +81,45 @@ def test_toys_work_together_from_the_command_line(toys, tmp_path, monkeypatch):
     assert [layer["kept"] for layer in results["filters"]] == [6, 5, 3] and results["num_classes"] == 3
     small = models.load(folder / "small.toy.pth.tar")
     assert small.body[0].out_channels <= 6 and small(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
+
+
+def test_a_score_for_gradual_pruning(train, monkeypatch):
+    """The sum over entries, which for these weights ranks in another way than their norm."""
+    monkeypatch.setitem(SCORES, "sum", lambda filters: filters.weight.flatten(1).sum(1))
+    common = ["--recipe", "prune_gradual", "--epochs", 1, "--HTrate", 0.5, "--prune_begin", 0, "--prune_end", 0]
+    folders = [train(*common, "--prune_score", score, "--save_path", score) for score in ("sum", "norm")]
+    first, second = (json.loads((folder / "results.json").read_text())["filters"] for folder in folders)
+    assert first != second and [f["kept"] for f in first] == [f["kept"] for f in second]
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        (
+            lambda arrays, classes: (dict(arrays, train=(arrays["train"][0].float(), arrays["train"][1])), classes),
+            "uint8",
+        ),
+        (lambda arrays, classes: (dict(arrays, test=(arrays["test"][0], arrays["test"][1] + 1)), classes), "labels"),
+        (lambda arrays, classes: (arrays, [*classes, "d"]), "3 classes, got train, test with 4"),
+    ],
+)
+def test_a_data_set_that_breaks_its_record_is_refused(change, pattern, monkeypatch):
+    monkeypatch.setitem(DATASETS, "large", Spec("large", 64, classes=3, make=lambda path: change(*make_large(path))))
+    with pytest.raises(UserError, match=pattern):
+        data.load("large", "nowhere")
+
+
+def test_a_network_that_cannot_be_traced_is_thresholded_and_kept_whole(train, monkeypatch):
+    class Branching(ToyNetwork):
+        def forward(self, images):
+            return super().forward(images) if images.mean() > -1e9 else images
+
+    monkeypatch.setitem(models.REGISTRY, "branching", Branching)
+    folder = train("--epochs", 1, "--HTrate", 0.5, arch="branching")
+    results = json.loads((folder / "results.json").read_text())
+    assert results["finished"] and "the network" in "".join(results["small"]["kept_whole"])
+    with pytest.raises(UserError, match="torch.fx cannot trace its forward"):
+        train("--epochs", 1, "--recipe", "prune_gradual", arch="branching")
 
 
 def test_the_ranking_decides_what_is_kept(toys):

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from test_script import assert_same
+from crash_lab import same
 
 import models
 from utils.base.errors import UserError
@@ -44,7 +44,7 @@ def test_a_run_resumes_across_a_cut_to_the_last_bit(train, whole, steps, stop, m
         stop_at(patch, steps)
         train(*flags)
     part = train(*flags, "--resume", "auto")
-    assert_same(load(whole), load(part))
+    assert same(load(whole), load(part))
     assert json.loads((part / "results.json").read_text())["pieces"] == 2
 
 

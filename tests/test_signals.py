@@ -1,8 +1,8 @@
 """When a signal stops what, which command continues, and run folders. Runs are stopped in test_crashes.py."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -12,11 +12,10 @@ from utils.base.errors import UserError, run_main
 from utils.base.signals import Stopped, StopRequest
 from utils.train import distributed
 from utils.train.resume import resume_command
-from utils.train.run_folder import RunFolder
-from utils.train.run_lock import LOCK_NAME, RunLock, check_free
+from utils.train.run_folder import LOCK_NAME, RunFolder, check_free, lock_folder, new_run_path
 
 
-def test_at_once_or_when_asked():
+def test_a_signal_stops_at_once_or_is_deferred():
     stop = StopRequest()
     with pytest.raises(Stopped), stop.handled():
         signal.raise_signal(signal.SIGTERM)
@@ -57,16 +56,13 @@ def test_exit_status_and_last_words(signum, status, capsys):
 
 
 @pytest.mark.parametrize("given", [["--resume", "old file"], ["--resume=old"], []])
-def test_the_command_that_continues_names_the_new_file_once(given, monkeypatch):
-    bin_folder = os.path.dirname(sys.executable)
-    argv, torchrun = ["data dir", *given, "--epochs", "3"], ["torchrun", "--nproc_per_node", "2"]
-    monkeypatch.setattr("shutil.which", lambda name: os.path.join(bin_folder, name))
-    line = resume_command("s.py", argv, "out/a b.tar", torchrun)
-    assert line == "torchrun --nproc_per_node 2 s.py 'data dir' --epochs 3 --resume 'out/a b.tar'"
-    # Outside of an activated environment there is no torchrun.
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    line = resume_command("s.py", argv, "a.tar", torchrun)
-    assert line.startswith(f"{sys.executable} -m torch.distributed.run --nproc_per_node 2 s.py")
+def test_the_command_that_continues_names_the_new_file_once(given):
+    """Outside of an activated environment `python` and `torchrun` may be missing."""
+    argv = ["data dir", *given, "--epochs", "3"]
+    line = resume_command("s.py", argv, "out/a b.tar", ["torchrun", "--nproc_per_node", "2"])
+    start = f"{sys.executable} -m torch.distributed.run --nproc_per_node 2"
+    assert line == f"{start} s.py 'data dir' --epochs 3 --resume 'out/a b.tar'"
+    assert resume_command("s.py", argv, "a", ["python"]) == f"{sys.executable} s.py 'data dir' --epochs 3 --resume a"
 
 
 def test_on_several_machines_the_command_names_where_they_meet(monkeypatch):
@@ -77,20 +73,30 @@ def test_on_several_machines_the_command_names_where_they_meet(monkeypatch):
     assert " ".join(distributed.launcher()) == words
 
 
-def test_a_lock_dies_with_its_process_however_that_ended(tmp_path):
-    code = "import sys, pathlib, utils.train.run_lock as run_lock\n"
-    code += "lock = run_lock.RunLock(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code, tmp_path], **pipes) as holder:
-        holder.stdout.readline()
-        for lock in (check_free, RunLock):
-            with pytest.raises(UserError, match=f"in use by process {holder.pid} on"):
-                lock(tmp_path)
-        holder.kill()
-    assert (tmp_path / LOCK_NAME).exists()
-    check_free(tmp_path)
-    RunLock(tmp_path).release()
-    assert list(tmp_path.iterdir()) == []
+def hold(folder, pipe):
+    held = lock_folder(folder)
+    pipe.send(os.getpid())
+    pipe.recv()
+    held.close()
+
+
+def test_a_lock_dies_with_its_process_however_that_ended(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, (ours, theirs) = tmp_path / "runs/name", multiprocessing.Pipe()
+    folder.mkdir(parents=True)
+    holder = multiprocessing.get_context("fork").Process(target=hold, args=(folder, theirs))
+    holder.start()
+    assert ours.recv() == holder.pid
+    for lock in (check_free, lock_folder):
+        with pytest.raises(UserError, match=f"in use by process {holder.pid} on"):
+            lock(folder)
+    assert new_run_path(None, "name").name == "name-2"
+    holder.kill()
+    holder.join()
+    assert (folder / LOCK_NAME).exists()
+    check_free(folder)
+    assert new_run_path(None, "name").name == "name"
+    lock_folder(folder).close()
 
 
 def test_only_temporary_files_of_our_own_are_removed_from_a_folder(tmp_path):
@@ -98,4 +104,14 @@ def test_only_temporary_files_of_our_own_are_removed_from_a_folder(tmp_path):
     for name in (own, *others):
         (tmp_path / name).write_text("content")
     RunFolder(tmp_path, 1).close()
-    assert {path.name for path in tmp_path.iterdir()} == {*others, "log_seed_1.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "log_seed_1.txt", LOCK_NAME}
+
+
+def test_of_two_runs_that_choose_one_folder_at_one_time_the_second_stops(tmp_path):
+    RunFolder(tmp_path, 1).close()
+    file = tmp_path / "checkpoint.net.pth.tar"
+    file.write_text("of the first")
+    for resumed in (None, (file, file.stat().st_mtime_ns - 1)):
+        with pytest.raises(UserError, match="has just begun"):
+            RunFolder(tmp_path, 1, resumed=resumed)
+    RunFolder(tmp_path, 1, resumed=(file, file.stat().st_mtime_ns)).close()

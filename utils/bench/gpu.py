@@ -23,16 +23,6 @@ QUICK = ["--arch", "resnet20", "--repeats", "2"]
 QUICK_TRAINING = [*QUICK, "--dataset", "synthetic", "--loops", "this", "--images", "32", "--batch_size", "16"]
 
 
-def run_tests(files: list[str], path: Path) -> None:
-    """Runs test files and writes pytest's output to a path; UserError where one fails."""
-    command = [sys.executable, "-m", "pytest", "-rs", *files]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    path.write_text(done.stdout, encoding="utf-8")
-    print(done.stdout, flush=True)
-    if done.returncode:
-        raise UserError(f"tests failed, see {path}")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = OneLineParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="small numbers, to see that everything runs")
@@ -40,7 +30,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     save = ["--save_path", str(args.out)]
-    run_tests(QUICK_TESTS if args.quick else TESTS, args.out / "tests.txt")
+    command = [sys.executable, "-m", "pytest", "-rs", *(QUICK_TESTS if args.quick else TESTS)]
+    tests = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    (args.out / "tests.txt").write_text(tests.stdout, encoding="utf-8")
+    print(tests.stdout, flush=True)
+    if tests.returncode:
+        raise UserError(f"tests failed, see {args.out / 'tests.txt'}")
     training.main([*(QUICK_TRAINING if args.quick else TRAINING), *save])
     for layout in ([], ["--channels_last"]):
         optimizer.main([*(QUICK if args.quick else []), *layout, *save])

@@ -22,6 +22,7 @@ from utils.small.cut import make_small
 from utils.small.trace import trace
 
 HTRATE = 0.7
+COLUMNS = ("network", "pixels", "result", "multiply-adds (M)", "saved (%)", "relative difference", "kept whole")
 SIZES = (64, 96, 224)  # pixels; the smallest that a network takes is used
 Norm = nn.modules.batchnorm._BatchNorm
 
@@ -69,8 +70,8 @@ def threshold(net: nn.Module, images: Tensor, random_means: bool) -> None:
 
 @torch.no_grad()
 def make_row(name: str, random_means: bool) -> dict:
-    row = {"network": name, "pixels": "-", "result": "equal", "multiply-adds (M)": "-"}
-    row |= {"saved (%)": 0.0, "relative difference": "-", "kept whole": "-"}
+    """What came of one network; a refusal or an error is its result."""
+    row = dict.fromkeys(COLUMNS, "-") | {"network": name, "result": "equal", "saved (%)": 0.0}
     try:
         net, images = make_network(name)
         row["pixels"] = images.shape[-1]

@@ -158,7 +158,8 @@ def make_plan(net: nn.Module, example: Tensor, tied: bool) -> Plan:
     removable &= exact
     plan = Plan(layers, removable if tied else _untie(layers, removable, ends), reasons)
     if not plan.convolutions:
-        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has no convolution"
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        why = why or "it has no convolution, or torch.fx cannot trace its forward, which must not branch on values"
         raise UserError(f"no filter of this network can be removed ({why}); train it without pruning")
     macs, parameters = sum(multiply_adds(net, example[:1]).values()), sum(p.numel() for p in net.parameters())
     plan.fixed = (macs - plan.multiply_adds(plan.full), parameters - plan.parameters(plan.full))

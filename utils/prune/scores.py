@@ -15,13 +15,36 @@ added (a depthwise one only passes a channel on): what is lost with all of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from utils.base.errors import UserError
 from utils.prune.plan import Layer, Plan
 
-SCORES = ("norm", "gamma", "taylor")
+
+class Filters(NamedTuple):
+    """What a score is made from, for the filters of one convolution, float64.
+
+    Attributes:
+        weight: (filters, inputs, kh, kw); removed inputs are 0.
+        gamma: (filters,), weight of the BatchNorm that follows; None where none does.
+        taylor: (filters,), Taylor estimates added up since the last removal; None but for --prune_score taylor.
+    """
+
+    weight: Tensor
+    gamma: Tensor | None
+    taylor: Tensor | None
+
+
+# By the names of --prune_score: takes Filters, gives scores (filters,); the smallest go first.
+SCORES: dict[str, Callable[[Filters], Tensor]] = {
+    "norm": lambda filters: filters.weight.flatten(1).norm(dim=1),
+    "gamma": lambda filters: filters.gamma.abs(),
+    "taylor": lambda filters: filters.taylor,
+}
 
 
 class Scores:
@@ -90,12 +113,10 @@ class Scores:
 
     def _filters(self, layer: Layer, alive: Tensor, present: Tensor) -> Tensor:
         """float64: the scores of a convolution's filters."""
-        if self.kind == "taylor":
-            return self.sums[layer.name].double()
-        if self.kind == "gamma":
-            return self.net.get_submodule(layer.norm).weight.double().abs()
-        squares = self.net.get_submodule(layer.name).weight.square().flatten(2).sum(2).double()
+        weight = self.net.get_submodule(layer.name).weight.double()
         if layer.kind == "conv":
             # A removed channel's weights only decay: without them the masked network scores as the cut one.
-            squares = squares * alive[layer.read[present[layer.read]]].to(squares)
-        return squares.sum(1).sqrt()
+            weight = weight * alive[layer.read[present[layer.read]]].to(weight)[:, None, None]
+        gamma = self.net.get_submodule(layer.norm).weight.double() if layer.norm else None
+        taylor = self.sums[layer.name].double() if self.sums else None
+        return SCORES[self.kind](Filters(weight, gamma, taylor))

@@ -65,7 +65,7 @@ def write_small(
 
 def small_table(arch: str, facts: dict, report: Report) -> str:
     """Filters kept per layer, costs before and after, layers kept whole; `facts` are those of write_small."""
-    width = max(map(len, report.kept))
+    width = max(map(len, [*report.kept, "peak-activation-bytes"]))
     lines = [f"{arch}", f"{'layer':{width}}  filters  kept"]
     lines += [f"{name:{width}}  {report.filters[name]:7d}  {len(kept):4d}" for name, kept in report.kept.items()]
     lines += ["", f"{'one image':{width}}  {'before':>14}  {'after':>14}  change"]

@@ -29,20 +29,8 @@ def published_beside(run: Run, rows: list[Published]) -> list[Published]:
             return abs(row.pruned - run.pruned) < 1e-6
         return None not in (share, row.macs_cut) and row.macs_cut > 0 and abs(row.macs_cut - 100 * share) <= NEAR
 
-    like = run.results["dataset"], run.results["arch"], run.init
+    like = run.dataset, run.arch, run.init
     return [row for row in rows if (row.dataset, row.arch, row.init) == like and as_much(row) and not run.is_small]
-
-
-def own_baseline(group: Group, groups: list[Group]) -> Group | None:
-    """Own unpruned network of as many epochs on the same images, most alike in number format, then in options."""
-    kind = {**group.kind, "init": "scratch"}
-    found = [other for other in groups if other.first.method == "baseline" and other.kind == kind]
-
-    def unlike(other: Group) -> tuple:
-        a, b = other.first, group.first
-        return a.arithmetic != b.arithmetic, sum(a.settings.get(name) != value for name, value in b.settings.items())
-
-    return min(found, key=unlike, default=None)
 
 
 def order(groups: list[Group]) -> list[str]:
@@ -53,13 +41,11 @@ def order(groups: list[Group]) -> list[str]:
     lines = []
     for title in dict.fromkeys(group.title for group in groups):
         members = [group for group in groups if group.title == title]
-        several = sorted((group for group in members if len(group) > 1), key=lambda group: -group.mean)
+        several = sorted((group for group in members if len(group.runs) > 1), key=lambda group: -group.mean)
         if len(members) > 1 and len(several) < len(members):
-            lines.append(
-                f"{title}: {len(members) - len(several)} of {len(members)} rows have one seed: no order follows"
-            )
+            lines.append(f"{title}: {len(members) - len(several)} of {len(members)} rows have one seed, so no order")
         for a, b in combinations(several, 2):
-            half, difference = half_width_of_difference(a.last, b.last, a.test_images), a.mean - b.mean
+            half, difference = half_width_of_difference(a.last, b.last, a.first.images[1]), a.mean - b.mean
             verdict = "is ahead of" if difference > half else "cannot be distinguished from"
             lines.append(f"{title}: {a.first.name} {verdict} {b.first.name}: {difference:+.2f} ± {half:.2f} (95 %)")
     return lines

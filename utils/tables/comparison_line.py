@@ -21,11 +21,11 @@ def comparison_line(results: dict) -> str:
     if run.is_small:
         return "comparison with the papers: none, they have no small network trained from scratch"
     cut = f", {100 * run.costs.cut:.1f} % fewer multiply-adds" if run.costs.cut else ""
-    what = f"{run.name}{cut}, {run.epochs} epochs from {run.started_from}"
+    what = f"{run.arch} {run.name}{cut}, {run.epochs} epochs from {run.started_from}"
     rows = published_beside(run, read_published())
     if not rows:
         return f"comparison with the papers: none, no published row like {what}"
     published = "; ".join(f"{row}{f' ({row.doubt})' if row.doubt else ''}" for row in rows)
     remark = f", NOT COMPARABLE: {run.remark}" if run.remark else ""
-    own = f"this run {results['last_epoch_accuracy']:.2f} (last epoch){remark}"
+    own = f"this run {run.accuracy:.2f} (last epoch){remark}"
     return f"comparison with the papers, {what}: {own}; published, top-1 %: {published}"

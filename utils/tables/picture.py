@@ -19,13 +19,13 @@ def draw_accuracy(groups: list[Group], published: list[Published], path: Path) -
     panels: dict[str, list[tuple]] = {}  # title: (millions of multiply-adds, accuracy, bar, label, own)
     for group in sorted(groups, key=lambda group: -group.mean):
         run, costs = group.first, group.first.costs
-        if None in (costs.left, costs.full):
+        if costs.left is None:
             continue
-        title = "{arch} on {dataset}".format(**run.results)
-        if not group.may_stand_beside_published:
+        title = f"{run.arch} on {run.dataset}"
+        if not group.is_comparable:
             title += ": shorter runs and controls, not comparable with published figures"
         elif title not in panels:
-            like = run.results["dataset"], run.results["arch"]
+            like = run.dataset, run.arch
             rows = [row for row in published if (row.dataset, row.arch) == like and row.macs_cut is not None]
             at = [costs.full * (1 - row.macs_cut / 100) / 1e6 for row in rows]
             labels = [f"{row}{', pretrained' if row.init == 'pretrained' else ''}" for row in rows]
@@ -41,7 +41,8 @@ def draw_accuracy(groups: list[Group], published: list[Published], path: Path) -
     axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
     for panel, (title, points) in zip(axes, panels.items(), strict=True):
         for i, (macs, accuracy, bar, label, own) in enumerate(sorted(points, key=lambda point: -point[1])):
-            style = dict(fmt="oDv^"[i // 10 % 4], markersize=8) if own else dict(fmt="s", markersize=5, alpha=0.7)
+            marker = ("oDv^" if own else "sPX*")[i // 10 % 4]
+            style = dict(fmt=marker, markersize=8) if own else dict(fmt=marker, markersize=5, alpha=0.7)
             panel.errorbar(macs, accuracy, yerr=bar, color=f"C{i % 10}", capsize=3, label=label, **style)
         panel.set_title(title, loc="left", fontsize=9)
         panel.set(xlabel="multiply-adds (millions): published by their cut, own counted", ylabel="top-1 accuracy (%)")

@@ -2,7 +2,7 @@
 
 Adds to the training script what a newcomer expects of one command: data that is found, downloaded or (loudly) replaced,
 a short run on a machine without a GPU, a run that continues where it was interrupted, and the runs that a distilled one
-is compared with.
+is compared with. `table --help` explains tables of several runs.
 """
 
 from __future__ import annotations
@@ -15,65 +15,64 @@ import torch
 
 import data
 from utils.base.errors import UserError, run_main
-from utils.tables.command_line import CommandLine
-from utils.tables.grid import distil_and_compare, fill
-from utils.tables.side_by_side import TRAIN
-from utils.train.options import recipe_settings
+from utils.tables import grid
+from utils.tables.side_by_side import TRAIN, command_words
+from utils.train.options import parse, recipe_settings
 from utils.train.recipes import RECIPES
 
 SHORT_EPOCHS = 5
 
 
 def main(argv: list[str] | None = None) -> None:
-    line = CommandLine(sys.argv[1:] if argv is None else argv)
-    recipe = line.words.pop(0) if line.words else line.value("recipe", "prune")
-    if recipe not in (*RECIPES, "table"):
+    words = list(sys.argv[1:] if argv is None else argv)
+    recipe = words.pop(0) if words and not words[0].startswith("-") else None
+    if recipe not in (None, "table", *RECIPES):
         raise UserError(f"unknown recipe '{recipe}'; choose from {', '.join(RECIPES)}, or table")
-    if "help" in line and recipe != "table":
-        os.execv(TRAIN[0], [*TRAIN, "--help"])
-    if not line.keys() & {"help", "dry_run"}:
-        choose_data(line)
-        shorten(line, "baseline" if recipe == "table" else recipe)
-    if recipe == "table":
-        fill(line)
-    elif recipe in ("distill", "prune_distill"):
-        distil_and_compare(line, recipe)
+    is_table = recipe == "table"
+    given = parse(grid.table_parser() if is_table else grid.script_parser(__doc__, "run_cifar.sh [RECIPE]"), words)
+    recipe = recipe or given.get("recipe", "prune")
+    if not given.get("dry_run"):
+        choose_data(given)
+        shorten(given, "baseline" if is_table else recipe)
+    if is_table:
+        grid.fill(given)
+    elif recipe in grid.TAUGHT:
+        given.pop("recipe", None)
+        grid.distil_and_compare(recipe, given)
     else:
-        flags = [*line.words, *line.flags("recipe"), "--recipe", recipe]
-        flags += [] if "resume" in line else ["--resume", "auto"]
-        print(f"== python cifar10_resnet_test.py {shlex.join(flags)}", flush=True)
-        os.execv(TRAIN[0], [*TRAIN, *flags])
+        command = command_words({"resume": "auto", **given, "recipe": recipe})
+        print(f"== python cifar10_resnet_test.py {shlex.join(command)}", flush=True)
+        os.execv(TRAIN[0], [*TRAIN, *command])
 
 
-def choose_data(line: CommandLine) -> None:
+def choose_data(given: dict) -> None:
     """Adds `--dataset synthetic` where nothing was said of data, none is found and none can be downloaded."""
-    dataset = line.value("dataset", "cifar10")
-    if dataset not in ("cifar10", "cifar100") or "resume" in line:
+    dataset = given.get("dataset", "cifar10")
+    if dataset not in ("cifar10", "cifar100") or "resume" in given:
         return
     try:
-        data.find_or_download(dataset, line.words[0] if line.words else "./data")
+        data.find_or_download(dataset, given.get("data_path", "./data"))
     except data.NoData as error:
-        if line.words or "dataset" in line:
+        if given.keys() & {"data_path", "dataset"}:
             raise
         print(f"note: {error}")
         print("NO CIFAR-10 HERE AND NO NETWORK TO DOWNLOAD IT: USING SYNTHETIC DATA.")
         print("THE FIGURES SAY NOTHING ABOUT THE METHOD.", flush=True)
-        line["dataset"] = ["synthetic"]
+        given["dataset"] = "synthetic"
 
 
-def shorten(line: CommandLine, recipe: str) -> None:
+def shorten(given: dict, recipe: str) -> None:
     """Shortens the run on a machine without a GPU, where the command line leaves its length open."""
-    on_gpu = torch.cuda.is_available() and line.value("ngpu") != "0"
-    if on_gpu or line.keys() & {"epochs", "evaluate", "resume"}:
+    on_gpu = torch.cuda.is_available() and given.get("ngpu") != 0
+    if on_gpu or given.keys() & {"epochs", "resume"}:
         return
     usual = recipe_settings(recipe, "cifar10")
-    print(
-        f"note: NO GPU, SO THIS IS A SHORT RUN of {SHORT_EPOCHS} epochs, some 15 minutes for ResNet-20 on 2 CPU cores;"
-    )
+    minutes = "some 15 minutes for ResNet-20 on 2 CPU cores"
+    print(f"note: NO GPU, SO THIS IS A SHORT RUN of {SHORT_EPOCHS} epochs, {minutes};")
     print(f"the full recipe takes {usual['epochs']} epochs, to get it add --epochs {usual['epochs']}", flush=True)
-    line["epochs"] = [str(SHORT_EPOCHS)]
-    if usual["lr_schedule"] == "steps" and "schedule" not in line:
-        line["fit_schedule"] = []
+    given["epochs"] = SHORT_EPOCHS
+    if usual["lr_schedule"] == "steps" and "schedule" not in given:
+        given["fit_schedule"] = True
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from itertools import groupby
 from pathlib import Path
 
 from utils.base.errors import UserError
 from utils.base.files import replace_file
-from utils.tables.compare import order, own_baseline, published_beside
+from utils.tables.compare import order, published_beside
 from utils.tables.picture import draw_accuracy
 from utils.tables.published import read_published
 from utils.tables.runs import ROOT, Group, find_runs, show_path
@@ -21,38 +20,37 @@ README_ROWS = 8
 NONE_YET = "No run of full length yet, so nothing here may be set beside a published figure."
 LEGEND = """\
 Top-1 accuracy in % on the test images. Own figures: last epoch, mean over seeds ± half the 95 % interval (variance over
-seeds plus that of the finite test set; one seed has none); in brackets the best epoch on the test set, which this line
-of papers prints. Published: rows of the same network that began as the run did and removed the same share of filters
-or, where that differs from layer to layer, cut multiply-adds within 8 points; † needs care, see `published.csv`.
-Difference: own last epoch less published. Multiply-adds of convolutions and linear layers for one image: counted in the
-small network that is left, and by soft filter pruning's formula. Minutes are the whole run's.
+seeds plus that of the finite test set); without ± there is one seed and no interval. In brackets the best epoch on the
+test set, which this line of papers prints. Published: rows of the same network that began as the run did and removed
+the same share of filters or, where that differs from layer to layer, cut multiply-adds within 8 points; behind each
+stands own last epoch less published; † needs care, see `published.csv`. Multiply-adds of convolutions and linear layers
+for one image: counted in the network that is left, and by soft filter pruning's formula. Minutes are the whole run's.
 """
-README = ("row", "epochs", "started from", "last epoch (best)", "multiply-adds, counted", "published", "difference")
-SHORT = ("row", "epochs", "started from", "teacher", "last epoch (best)", "less own unpruned", "multiply-adds, counted")
-SHORT = (*SHORT, "minutes, machine", "small network, times as fast", "log")
-MAIN = (*SHORT[:5], *SHORT[6:7], "papers' formula", "published", "difference", *SHORT[7:])
+README = ("network", "method", "epochs", "started from", "top-1 %: last (best) epoch", "multiply-adds", "published")
+SHORT = ("method", "epochs", "started from", "teacher", "top-1 %: last (best) epoch", "multiply-adds")
+SHORT = (*SHORT, "minutes, machine", "small network's speed-up", "log")
+MAIN = ("network", *SHORT[:6], "papers' formula", "published", *SHORT[6:])
 
 
-def row_cells(group: Group, groups: list[Group], base: Path) -> dict[str, str]:
+def row_cells(group: Group, base: Path) -> dict[str, str]:
     """{column: cell} of a group of runs, for the columns of every table; links are relative to the folder `base`."""
-    run, costs, baseline = group.first, group.first.costs, own_baseline(group, groups)
+    run, costs = group.first, group.first.costs
     beside = [] if run.remark else published_beside(run, read_published())
-    logs = {r.results["seed"]: r.folder / f"log_seed_{r.results['seed']}.txt" for r in group}
+    logs = {r.seed: r.folder / f"log_seed_{r.seed}.txt" for r in group.runs}
     links = {seed: Path(os.path.relpath(log, base)).as_posix() for seed, log in logs.items() if log.is_file()}
     counted = "" if costs.left is None else f"{costs.left / 1e6:.2f} M"
     return {
-        "row": run.name + (f" **{run.data_remark}**" if run.data_remark else ""),
+        "network": run.arch,
+        "method": run.name + (f" **{run.data_remark}**" if run.data_remark else ""),
         "epochs": str(run.epochs),
         "started from": run.started_from,
         "teacher": run.teacher,
-        "last epoch (best)": group.accuracy(),
-        "less own unpruned": "" if baseline in (None, group) else f"{group.mean - baseline.mean:+.2f}",
-        "multiply-adds, counted": counted + (f" (-{100 * costs.cut:.1f} %)" if costs.cut else ""),
+        "top-1 %: last (best) epoch": group.accuracy(),
+        "multiply-adds": counted + (f" (-{100 * costs.cut:.1f} %)" if costs.cut else ""),
         "papers' formula": f"-{100 * costs.formula_cut:.1f} %" if costs.formula_cut else "",
-        "published": "<br>".join(map(str, beside)),
-        "difference": "<br>".join(f"{group.mean - row.acc:+.2f}" for row in beside),
-        "minutes, machine": "<br>".join(r.minutes for r in group),
-        "small network, times as fast": "<br>".join(r.speed_up for r in group if r.speed_up),
+        "published": "<br>".join(f"{row}: **{group.mean - row.acc:+.2f}**" for row in beside),
+        "minutes, machine": "<br>".join(r.minutes for r in group.runs),
+        "small network's speed-up": "<br>".join(r.speed_up for r in group.runs if r.speed_up),
         "log": " ".join(f"[seed {seed}]({link})" for seed, link in links.items()),
     }
 
@@ -73,14 +71,14 @@ def make_report(groups: list[Group], notes: list[str], *, base: Path, by_hand: s
         by_hand: text that follows the first table.
         picture: the picture's file, "" for none.
     """
-    full = [group for group in groups if group.may_stand_beside_published]
+    full = [group for group in groups if group.is_comparable]
     parts = ["# Results", "Written by `python -m utils.compare_tables --update`." if picture else ""]
-    parts += [table(MAIN, [row_cells(group, groups, base) for group in full]) if full else NONE_YET, LEGEND, by_hand]
+    parts += [table(MAIN, [row_cells(group, base) for group in full]) if full else NONE_YET, LEGEND, by_hand]
     others = [group for group in groups if group not in full]
     parts += ["## Shorter runs and controls", "To be compared with each other at equal epochs only."] if others else []
-    for (dataset, arch), section in groupby(others, lambda group: (group.kind["dataset"], group.kind["arch"])):
-        parts += [f"### {arch} on {dataset}", table(SHORT, [row_cells(group, groups, base) for group in section])]
-    commands = [f"`{run.results['command']}`" for group in groups for run in group if "command" in run.results]
+    for title, section in groupby(others, lambda group: f"{group.first.arch} on {group.first.dataset}"):
+        parts += [f"### {title}", table(SHORT, [row_cells(group, base) for group in section])]
+    commands = [f"`{run.results['command']}`" for group in groups for run in group.runs if "command" in run.results]
     for title, lines in (("Order", order(groups)), ("Commands", commands), ("Not in the tables", notes)):
         parts += [f"## {title}", "\n".join(f"- {line}" for line in lines)] if lines else []
     parts += ["## Accuracy against multiply-adds", f"![accuracy against multiply-adds]({picture})"] if picture else []
@@ -89,9 +87,9 @@ def make_report(groups: list[Group], notes: list[str], *, base: Path, by_hand: s
 
 def readme_block(groups: list[Group]) -> str:
     """The README's table with its markers: the first full-length rows, or, while there are none, shorter ones."""
-    full = [group for group in groups if group.may_stand_beside_published]
-    rows = table(README, [row_cells(group, groups, ROOT) for group in (full or groups)[:README_ROWS]])
-    more = "All rows, with logs, and what the columns are: [results/README.md](results/README.md)."
+    full = [group for group in groups if group.is_comparable]
+    rows = table(README, [row_cells(group, ROOT) for group in (full or groups)[:README_ROWS]])
+    more = "All rows, commands and logs, and what they do not show: [results/README.md](results/README.md)."
     return "\n\n".join([BEGIN, *([] if full else [NONE_YET]), rows, more, END])
 
 
@@ -135,8 +133,6 @@ def main(argv: list[str] | None = None) -> None:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"'{folder}' is no folder; give folders that hold results.json")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # whatever a results.json holds, on any terminal
     groups, notes = find_runs(folders)
     print(make_report(groups, notes, base=Path.cwd()), end="")
     if args.picture:

@@ -25,10 +25,6 @@ OWN_COLUMN = {"recipe", "dataset", "arch", "arch_small", "student", "epochs", "H
 FILES = {"teacher", "widths_of", "started_from", "resume", "use_pretrain"}
 
 
-class Damaged(Exception):
-    """A results.json that cannot be used, and why."""
-
-
 class Run:
     """A run: its folder, the content of its results.json, and what that means for the tables.
 
@@ -39,58 +35,54 @@ class Run:
         arithmetic: number format, and number of processes where there are several.
         teacher: network and accuracy of the teacher, "" without one.
         started_from: random weights, or the file of another network; init: scratch or pretrained, as in published rows.
-        is_small: it trained a small network from scratch; small_of: what that was cut out of, "" for other runs.
+        is_small: it trained a small network from scratch.
         is_gradual: pruned by the recipe prune_gradual.
         pruned: share of the filters removed from every layer in %; None where there is no one share.
         data_remark: why the images are not those of published figures, "" where they are.
         remark: why the accuracy must not be set beside published ones, "" where it may.
-        name: network, method, rate, and in what the recipe differs from that of its name.
+        name: method and rate, and in what the recipe differs from that of its name.
         key: what runs share that differ by their seed only.
     """
 
     def __init__(self, folder: Path, results: dict):
         self.folder, self.results = folder, results
-        dataset, recipe, arch = (results[name] for name in ("dataset", "recipe", "arch"))
-        usual, baseline = recipe_settings(recipe, dataset), recipe_settings("baseline", dataset)
+        self.dataset, self.arch, recipe = (results[name] for name in ("dataset", "arch", "recipe"))
+        usual = recipe_settings(recipe, self.dataset)
         self.settings = settings = {**usual, **results["settings"]}
-        self.epochs = results.get("epochs_run_here", results["epochs_done"])
-        self.images = results.get("train_images"), results.get("test_images")
+        self.epochs, self.seed = results["epochs_run_here"], results["seed"]
+        self.accuracy = results["last_epoch_accuracy"]
+        self.images = results["train_images"], results["test_images"]
         processes = results.get("processes", 1)
         self.arithmetic = results.get("arithmetic", "float32") + (f", {processes} processes" if processes > 1 else "")
-        teacher = results.get("teacher", {}) if settings.get("teacher") else {}
+        teacher = results["teacher"] if settings.get("teacher") else {}
         self.teacher = f"{teacher['arch']} of {teacher['accuracy']:.2f} %" if teacher else ""
         file = settings.get("started_from") or settings.get("use_pretrain")
-        trained = f"trained {Path(file).name}" if isinstance(file, str) else "trained weights"
         self.init = "pretrained" if file or recipe == "finetune" else "scratch"
+        trained = f"trained {Path(file).name}" if isinstance(file, str) else "trained weights"
         self.started_from = trained if self.init == "pretrained" else "random weights"
-        file = settings.get("widths_of")
-        self.is_small, self.is_gradual = bool(file), recipe == "prune_gradual"
-        self.small_of = (results.get("widths_from") or describe_source(file) or "unknown") if file else ""
-        one_share = not self.is_small and not self.is_gradual
-        self.pruned = 100 * (results.get("prune_rate") or 0.0) if one_share else None
-        self.costs = run_costs(folder, results, pruned=self.pruned, small=self.is_small)
+        self.is_small, self.is_gradual = bool(settings.get("widths_of")), recipe == "prune_gradual"
+        rate = 100 * (results.get("prune_rate") or 0.0)
+        self.pruned = None if self.is_small or self.is_gradual else rate
+        self.costs = run_costs(results, pruned=self.pruned, small=self.is_small)
         self.data_remark = self._data_remark()
-        full = max(usual["epochs"], baseline["epochs"])
+        full = max(usual["epochs"], recipe_settings("baseline", self.dataset)["epochs"])
         full = min(full, EPOCHS_FROM_TRAINED) if self.init == "pretrained" else full
         self.remark = self.data_remark or (f"{self.epochs} epochs instead of {full}" if self.epochs < full else "")
-        self.method = self._method()
-        of_trained = recipes_of(dataset)[recipe].get("trained", {}) if self.init == "pretrained" else {}
-        special = self._special({**usual, **of_trained}, baseline)
-        rate = 0.0 if self.is_small else 100 * (settings.get("macs_cut") or results.get("prune_rate") or 0.0)
-        rate = f" {rate:g} %{' of multiply-adds' if settings.get('macs_cut') else ''}" if rate else ""
-        self.name = ", ".join([f"{arch} {self.method}{rate}", *special])
+        cut = f" {100 * settings['macs_cut']:g} % of multiply-adds" if settings.get("macs_cut") else ""
+        small_of = [f"of {results.get('widths_from') or 'unknown'}"] if self.is_small else []
+        method = self._method() + (cut or (f" {rate:g} %" if rate else ""))
+        self.name = ", ".join([method, *small_of, *self._special(usual)])
         options = {name: value for name, value in identity(settings).items() if name not in FILES}
-        own = [dataset, recipe, arch, teacher.get("arch"), teacher.get("sha256"), self.small_of, self.epochs]
+        own = [self.dataset, recipe, self.arch, teacher.get("arch"), teacher.get("sha256"), small_of, self.epochs]
         self.key = json.dumps([options, own, self.started_from, self.images, self.arithmetic], sort_keys=True)
         self.speed_up, self.minutes = self._speed_up(), self._minutes()
 
     def _data_remark(self) -> str:
-        dataset = self.results["dataset"]
-        if self.results.get("synthetic_data", dataset == "synthetic"):
+        if self.results["synthetic_data"]:
             return "SYNTHETIC DATA"
-        usual = None in self.images or self.images == FULL_SIZES.get(dataset, self.images)
-        remark = "" if usual else "{} training, {} test images".format(*self.images)
-        return remark if dataset in FULL_SIZES else "own data"
+        sizes = FULL_SIZES.get(self.dataset)
+        other = "{} training, {} test images".format(*self.images) if sizes else "own data"
+        return "" if self.images == sizes else other
 
     def _method(self) -> str:
         """AHSG-HT without its heavy ball (v = 0) is the paper's HSG-HT."""
@@ -99,85 +91,62 @@ class Run:
         elif self.settings["v"]:
             name = "AHSG-HT" if self.pruned else "heavy ball, unpruned"
         else:
-            name = "HSG-HT" if self.pruned else "" if self.teacher else "baseline"
-        name = f"{name}+KD".removeprefix("+") if self.teacher else name
-        return f"{name}, fine-tuned" if self.results["recipe"] == "finetune" else name
+            name = "HSG-HT" if self.pruned else "unpruned" if self.teacher else "baseline"
+        fine_tuned = ", fine-tuned" if self.results["recipe"] == "finetune" else ""
+        return name + ("+KD" if self.teacher else "") + fine_tuned
 
-    def _special(self, usual: dict, baseline: dict) -> list[str]:
+    def _special(self, usual: dict) -> list[str]:
         """In what the run differs from the usual settings of its recipe, in words."""
-        settings = self.settings
+        settings, baseline = self.settings, recipe_settings("baseline", self.dataset)
+        if self.init == "pretrained":
+            usual = {**usual, **recipes_of(self.dataset)[self.results["recipe"]].get("trained", {})}
         for recipe in (usual, baseline):
             # A shortened run follows the milestones of its own recipe or, in a table of several, the baseline's.
             fitted = fit_schedule(recipe["schedule"], settings["epochs"], recipe["epochs"])
             if (settings["schedule"], settings["gammas"]) == (fitted, recipe["gammas"]):
                 usual = {**usual, "schedule": fitted, "gammas": recipe["gammas"]}
         special = {n: v for n, v in identity(settings).items() if n not in OWN_COLUMN | FILES and v != usual.get(n)}
-        words = [f"of {self.small_of}"] if self.is_small else []
-        words += [phrase(name, value) for name, value in special.items()]
+        words = [phrase(name, value) for name, value in special.items()]
         return words + ([] if self.arithmetic == "float32" else [self.arithmetic])
 
     def _speed_up(self) -> str:
-        """Speed of the small network over the full one in the largest mini-batch, from the latency files beside."""
-        found: dict[str, tuple[int, float]] = {}
-        for file in self.folder.glob("latency.*.json"):
-            for timing in json.loads(file.read_text())["timings"]:
-                entry = int(timing["batch_size"]), float(timing["speed_up"])
-                found[timing["device"]] = max(found.get(timing["device"], entry), entry)
-        return ", ".join(f"{times:.2f} (batch {batch}, {device})" for device, (batch, times) in found.items())
+        """Speed of the small network over the unpruned one in the largest mini-batch, from the latency files beside."""
+        files = [json.loads(file.read_text())["timings"] for file in self.folder.glob("latency.*.json")]
+        rows = sorted((row["device"], row["batch_size"], row["speed_up"]) for timings in files for row in timings)
+        largest = {device: f"{times:.2f} (batch {batch}, {device})" for device, batch, times in rows}
+        return ", ".join(largest.values())
 
     def _minutes(self) -> str:
         """Time, machine, and in how many pieces."""
         machine, pieces = self.results.get("machine", {}), self.results.get("pieces", 1)
         where = machine.get("gpu") or f"{machine.get('threads', '?')} of {machine.get('cpu_cores', '?')} CPU cores"
-        where += f", in {pieces} pieces" if pieces > 1 else ""
-        return f"{self.results['seconds'] / 60:.0f}, {where}" if "seconds" in self.results else ""
+        return f"{self.results['seconds'] / 60:.0f}, {where}" + (f", in {pieces} pieces" if pieces > 1 else "")
 
 
-class Group(list):
-    """Runs that differ by their seed only, ascending; not empty."""
+class Group:
+    """Runs that differ by their seed only.
 
-    @property
-    def first(self) -> Run:
-        return self[0]
+    Attributes:
+        runs: ascending by seed; first: its first run, which stands for what they share.
+        last, mean, half_width: {seed: last epoch's accuracy in %}, their mean, half its 95 % interval (None: one seed).
+        title: what groups share whose accuracies may be compared with each other.
+        is_comparable: may stand beside published rows.
+    """
 
-    @property
-    def last(self) -> dict[int, float]:
-        """{seed: last epoch's accuracy in %}."""
-        return {run.results["seed"]: run.results["last_epoch_accuracy"] for run in self}
-
-    @property
-    def mean(self) -> float:
-        return sum(self.last.values()) / len(self)
-
-    @property
-    def test_images(self) -> int:
-        return self.first.images[1] or FULL_SIZES["cifar10"][1]
-
-    @property
-    def half_width(self) -> float | None:
-        return half_width(list(self.last.values()), self.test_images)
-
-    @property
-    def kind(self) -> dict:
-        """What two groups share whose accuracies may be compared."""
-        run, shared = self.first, ("dataset", "arch")
-        return {n: run.results[n] for n in shared} | {n: getattr(run, n) for n in ("images", "init", "epochs")}
-
-    @property
-    def title(self) -> str:
-        """The same in words."""
-        remark = f", {self.first.data_remark}" if self.first.data_remark else ""
-        return "{arch} on {dataset}, {epochs} epochs, {init}".format(**self.kind) + remark
-
-    @property
-    def may_stand_beside_published(self) -> bool:
-        return not self.first.remark and not self.first.is_small
+    def __init__(self, runs: list[Run]):
+        self.runs = sorted(runs, key=lambda run: run.seed)
+        run = self.first = self.runs[0]
+        self.last = {run.seed: run.accuracy for run in self.runs}
+        self.mean = sum(self.last.values()) / len(self.runs)
+        self.half_width = half_width(list(self.last.values()), run.images[1])
+        remark = f", {run.data_remark}" if run.data_remark else ""
+        self.title = f"{run.arch} on {run.dataset}, {run.epochs} epochs from {run.started_from}{remark}"
+        self.is_comparable = not run.remark and not run.is_small
 
     def accuracy(self) -> str:
-        """Mean of the last epochs, with interval and seeds; in brackets that of the best epochs."""
-        best = sum(run.results["best_epoch_accuracy"] for run in self) / len(self)
-        seeds = "one seed" if len(self) == 1 else f"± {self.half_width:.2f}, {len(self)} seeds"
-        return f"{self.mean:.2f} {seeds} ({best:.2f})"
+        """Mean of the last epochs, with its interval where there are several seeds; in brackets of the best epochs."""
+        best = sum(run.results["best_epoch_accuracy"] for run in self.runs) / len(self.runs)
+        return f"{self.mean:.2f}{f' ± {self.half_width:.2f}' if len(self.runs) > 1 else ''} ({best:.2f})"
 
 
 def show_path(path: Path) -> str:
@@ -190,62 +159,47 @@ def read_run(file: Path) -> Run:
     """One results.json, checked.
 
     Raises:
-        Damaged: it is no JSON, lacks an entry, or has one that cannot be.
+        UserError: it cannot be used.
     """
     try:
         run = Run(file.parent, json.loads(file.read_text(encoding="utf-8")))
-        accuracy, finished = run.results["last_epoch_accuracy"], run.results["finished"]
-        if not (0 <= accuracy <= 100 and finished in (True, False) and Group([run]).accuracy()):
-            raise ValueError(f"accuracy {accuracy} %, finished {finished}")
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        AttributeError,
-        RuntimeError,
-        OSError,
-        UserError,
-    ) as error:
-        raise Damaged(f"{type(error).__name__}: {' '.join(str(error).split())[:100]}") from None
+        if not (0 <= run.accuracy <= 100 and run.results["finished"] in (True, False) and Group([run]).accuracy()):
+            raise ValueError(f"accuracy {run.accuracy} %, finished {run.results['finished']}")
+    except Exception as error:  # a damaged file may hold anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        raise UserError(f"{show_path(file.parent)} is damaged and passed over: {reason}") from None
     return run
 
 
 def find_runs(folders: Iterable[Path]) -> tuple[list[Group], list[str]]:
     """Groups of the finished runs under some folders; and a note per results.json that is not among them."""
-    groups, notes = {}, []
+    members: dict[str, list[Run]] = {}
+    notes = []
     for file in sorted({file.resolve() for folder in folders for file in folder.rglob("results.json")}):
-        where = show_path(file.parent)
         try:
             run = read_run(file)
-        except Damaged as error:
-            notes.append(f"{where} is damaged and passed over: {error}")
+        except UserError as error:
+            notes.append(str(error))
             continue
-        results, group = run.results, groups.get(run.key, Group())
-        if not results["finished"]:
-            notes.append(
-                f"{where}: {run.name} is not finished, {results['epochs_done']} of {run.settings['epochs']} epochs"
-            )
-        elif results["seed"] in group.last:
-            notes.append(
-                f"{where} repeats seed {results['seed']} ({results['last_epoch_accuracy']:.2f} %), passed over"
-            )
+        where, same = show_path(file.parent), members.get(run.key, [])
+        if not run.results["finished"]:
+            done = f"{run.results['epochs_done']} of {run.settings['epochs']} epochs"
+            notes.append(f"{where}: {run.arch} {run.name} is not finished, {done}")
+        elif run.seed in [other.seed for other in same]:
+            notes.append(f"{where} repeats seed {run.seed} ({run.accuracy:.2f} %), passed over")
         else:
-            groups[run.key] = Group(sorted([*group, run], key=lambda run: run.results["seed"]))
+            members[run.key] = [*same, run]
 
     def order(group: Group) -> tuple:
-        run, arch = group.first, group.first.results["arch"]
-        return run.results["dataset"], len(arch), arch, run.epochs, run.method != "baseline", run.pruned or 0, run.name
+        run = group.first
+        return run.dataset, len(run.arch), run.arch, run.pruned != 0, run.epochs, run.pruned or 0, run.name
 
-    return sorted(groups.values(), key=order), notes
+    return sorted(map(Group, members.values()), key=order), notes
 
 
 def describe_source(small_file: str) -> str | None:
     """What the small network in a file was cut out of ("AHSG-HT 30 %"), by the results.json beside it, or None."""
-    for path in (Path(small_file), ROOT / small_file):
-        try:
-            run = read_run(path.parent / "results.json")
-        except Damaged:
-            continue
-        return None if run.is_small else run.name.removeprefix(f"{run.results['arch']} ")
-    return None
+    try:
+        return read_run(Path(small_file).with_name("results.json")).name
+    except UserError:
+        return None

@@ -25,13 +25,12 @@ from utils.train.distillation import Distillation
 
 @dataclass(frozen=True)
 class Acceleration:
-    """How a run computes; `notes` say what was asked for and is not done."""
+    """How a run computes."""
 
     amp: bool = False
     compile: bool = False
     deterministic: bool = False
     tf32: bool = False
-    notes: tuple[str, ...] = ()
 
     @property
     def arithmetic(self) -> str:
@@ -47,66 +46,47 @@ class Acceleration:
 
 
 def choose_acceleration(args: argparse.Namespace, device: torch.device) -> Acceleration:
-    """What --amp, --compile and --deterministic mean on a device.
+    """What --amp, --tf32, --compile and --deterministic mean on a device.
 
     --amp is the default on GPUs that compute in bfloat16. CPUs default to float32: with AVX-512 instructions alone a
     training step of ResNet-20 took 1.4 times as long in bfloat16.
 
     Raises:
-        UserError: --compile where there is no compiler.
+        UserError: --amp on a GPU without bfloat16, or --compile where there is no compiler.
     """
-    missing = why_no_bf16(device)
-    amp, notes = args.amp, []
-    if amp and missing:
-        amp, notes = False, [f"note: --amp is left out: {missing}"]
-    if amp is None:
-        amp = device.type == "cuda" and not missing
+    on_gpu = device.type == "cuda"
+    # is_bf16_supported() also counts emulation, which is slow.
+    has_bf16 = on_gpu and (torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8)
+    if args.amp and on_gpu and not has_bf16:
+        raise UserError("--amp needs a GPU of compute capability 8.0 or more, which computes in bfloat16; leave it out")
     if args.compile:
         check_compiler(device)
     # cuDNN's convolutions compute in TF32 by default, 10 bits of mantissa instead of 23.
-    tf32 = args.tf32 and device.type == "cuda"
+    tf32 = args.tf32 and on_gpu
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-    return Acceleration(amp, args.compile, args.deterministic, tf32, tuple(notes))
+    return Acceleration(has_bf16 if args.amp is None else args.amp, args.compile, args.deterministic, tf32)
 
 
 @contextmanager
 def true_float32() -> Iterator[None]:
     """In here convolutions and matrix products of a GPU compute in float32, not in TF32."""
-    switches = [(torch.backends.cudnn, "allow_tf32"), (torch.backends.cuda.matmul, "allow_tf32")]
-    before = [getattr(*switch) for switch in switches]
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
     try:
-        for switch in switches:
-            setattr(*switch, False)
         yield
     finally:
-        for switch, value in zip(switches, before, strict=True):
-            setattr(*switch, value)
-
-
-def why_no_bf16(device: torch.device) -> str | None:
-    """Why a device does not compute in bfloat16 in its hardware; None where it does."""
-    if device.type == "cuda":
-        # is_bf16_supported() also counts emulation, which is slow.
-        major, minor = torch.cuda.get_device_capability(device)
-        fits = torch.version.hip is not None or major >= 8
-        return None if fits else f"this GPU (compute capability {major}.{minor}) has no bfloat16 arithmetic, 8.0 has"
-    if device.type != "cpu":
-        return f"bfloat16 is not used on {device.type}"
-    # Private names of torch, some of which older versions lack.
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    known = [getattr(torch.cpu, name) for name in names if hasattr(torch.cpu, name)]
-    fits = any(has() for has in known) if known else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return None if fits else "this CPU has neither AVX512_BF16 nor AMX"
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def check_compiler(device: torch.device) -> None:
     """Raises UserError where torch.compile would find nothing to compile with."""
     compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
-    if not any(shutil.which(name.split()[0]) for name in compilers):
-        names = " or ".join(compilers)
-        raise UserError(f"--compile needs a C++ compiler ({names}), none is here; install one or leave --compile out")
+    missing = None if any(shutil.which(name.split()[0]) for name in compilers) else "a C++ compiler"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise UserError("--compile needs the package triton on a GPU; install it or leave --compile out")
+        missing = "the package triton on a GPU"
+    if missing:
+        raise UserError(f"--compile needs {missing}; install it or leave --compile out")
 
 
 def make_deterministic() -> None:
@@ -122,8 +102,8 @@ def make_deterministic() -> None:
 def fewest_compiled(largest: int) -> int:
     """Size from which mini-batches go through the compiled network, so that one compilation serves them all.
 
-    torch compiles anew on either side of 1 image (a constant to it), of 16 (its choice of a convolution kernel asks
-    for so many) and, on a CPU, where a sum over a channel passes 4096 numbers, which is at 64 images of 8x8 pixels.
+    torch compiles anew on either side of 1 image (a constant to it), of 16 (its choice of a convolution kernel
+    depends on it) and, on a CPU, where a sum over a channel passes 4096 numbers, which is at 64 images of 8x8 pixels.
     What is smaller is an epoch's first mini-batch, or its last one, and runs uncompiled.
     """
     return 65 if largest > 64 else 16
@@ -136,9 +116,7 @@ class CompiledForward:
     """
 
     def __init__(self, net: nn.Module, fewest: int):
-        self.net = net
-        self.fewest = fewest
-        self.compiled = torch.compile(net)
+        self.net, self.fewest, self.compiled = net, fewest, torch.compile(net)
 
     def __call__(self, images: Tensor, **options):
         if len(images) < self.fewest:
@@ -149,38 +127,27 @@ class CompiledForward:
 
 
 class FastObjective:
-    """An objective (utils.train.objective) computed in bfloat16, compiled, or both.
-
-    Args:
-        net: the network that the objective is called with.
-        objective: a Distillation has its teacher compiled, too.
-        largest: images of the largest mini-batch.
-    """
+    """An objective (utils.train.objective) computed in bfloat16, compiled, or both; see accelerate."""
 
     def __init__(self, net: nn.Module, objective: Callable, device: torch.device, how: Acceleration, largest: int):
-        self.objective = objective
-        self.device = device
-        self.amp = how.amp
-        self.forward = net
+        self.objective, self.device, self.amp, self.forward = objective, device, how.amp, net
+        self.adapters = getattr(objective, "adapters", None)
         if how.compile:
             self.forward = CompiledForward(getattr(objective, "student", net), fewest_compiled(largest))
             if isinstance(objective, Distillation):
                 objective.teacher_forward = CompiledForward(objective.teacher, fewest_compiled(largest))
-
-    @property
-    def adapters(self) -> nn.Module | None:
-        return getattr(self.objective, "adapters", None)
 
     def __call__(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             return self.objective(self.forward, images, labels)
 
 
-def compiled_graphs() -> int:
-    """Graphs that torch.compile has made in this process."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
 def accelerate(net: nn.Module, objective: Callable, device: torch.device, how: Acceleration, largest: int) -> Callable:
-    """The objective as `how` computes it; see FastObjective."""
+    """The objective as `how` computes it.
+
+    Args:
+        net: the network that the objective is called with.
+        objective: a Distillation has its teacher compiled, too.
+        largest: images of the largest mini-batch.
+    """
     return FastObjective(net, objective, device, how, largest) if how.amp or how.compile else objective

@@ -25,14 +25,8 @@ def draw_curves(history: list[dict], title: str, path: Path) -> None:
     for panel, kind, label in zip(panels, ("acc", "loss"), ("top-1 accuracy (%)", "loss"), strict=True):
         for split in ("train", "test"):
             values = [row[f"{split}_{kind}"] for row in history]
-            name = {"train": "training", "test": "test"}[split]
-            panel.plot(
-                epochs,
-                values,
-                marker="o" if len(epochs) <= 30 else None,
-                markersize=3,
-                label=f"{name}, last {values[-1]:.2f}",
-            )
+            marker = "o" if len(epochs) <= 30 else None
+            panel.plot(epochs, values, marker=marker, markersize=3, label=f"{split}, last {values[-1]:.2f}")
         panel.set(xlabel="epoch", ylabel=label)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)

@@ -18,7 +18,7 @@ def choose_device(ngpu: int | None) -> torch.device:
     """The CPU for ngpu 0 or where there is no GPU, else the first GPU.
 
     Raises:
-        UserError: more GPUs are asked for than one process uses, or one where there is none.
+        UserError: more than one GPU per process.
     """
     if ngpu is not None and ngpu > 1:
         raise UserError(
@@ -26,7 +26,7 @@ def choose_device(ngpu: int | None) -> torch.device:
             "SCRIPT ... --ngpu 1"
         )
     if ngpu == 1 and not torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
-        # The release's command lines all say --ngpu 1; on a machine without a GPU the CPU does the same work.
+        # The release's command lines all have --ngpu 1; on a machine without a GPU the CPU does the same work.
         print("--ngpu 1, but there is no CUDA GPU here: using the CPU")
     return torch.device("cuda" if ngpu != 0 and torch.cuda.is_available() else "cpu")
 
@@ -70,21 +70,11 @@ def seed_everything(seed: int) -> None:
 def describe_machine(device: torch.device) -> dict:
     """Hardware of a run, for results.json."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "device": device.type,
-        "gpu": gpu,
-        "cpu_cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-    }
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    return dict(device=device.type, gpu=gpu, cpu_cores=cores, threads=threads, machine=platform.machine())
 
 
 def describe_versions() -> dict:
     """Software of a run, for results.json."""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": str(import_torchvision().__version__),
-        "numpy": np.__version__,
-        "cuda": torch.version.cuda,
-    }
+    packages = {"torch": str(torch.__version__), "torchvision": str(import_torchvision().__version__)}
+    return {"python": platform.python_version(), **packages, "numpy": np.__version__, "cuda": torch.version.cuda}

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from utils.base.errors import UserError
-from utils.train.features import last_linear, with_features
+from utils.train.features import with_features
 from utils.train.losses import Term, check_terms
 from utils.train.objective import at_least_float32
 
@@ -48,12 +48,7 @@ class Distillation:
     """
 
     def __init__(
-        self,
-        teacher: nn.Module,
-        student: nn.Module,
-        images: Tensor,
-        terms: Sequence[Term],
-        ce_weight: float = 1.0,
+        self, teacher: nn.Module, student: nn.Module, images: Tensor, terms: Sequence[Term], ce_weight: float = 1.0
     ):
         self.terms = list(terms)
         check_terms(self.terms)
@@ -153,27 +148,6 @@ def prepare_teacher(teacher: nn.Module) -> nn.Module:
     return teacher.eval().to(memory_format=torch.channels_last)
 
 
-@torch.no_grad()
-def share_classifier(teacher: nn.Module, student: nn.Module) -> None:
-    """Copies the teacher's last linear layer into the student's, as the release did by hand; both train on from there.
-
-    Raises:
-        UserError: the layers differ in shape, or there are none.
-    """
-    source, target = last_linear(teacher), last_linear(student)
-    shapes = ["none" if layer is None else tuple(layer.weight.shape) for layer in (source, target)]
-    if shapes[0] != shapes[1] or source is None:
-        raise UserError(
-            f"--share_classifier: the teacher's last linear layer is {shapes[0]}, the student's {shapes[1]}; "
-            "leave --share_classifier out, or choose networks of the same width"
-        )
-    target.load_state_dict(source.state_dict())
-
-
 def checksum(path: str | os.PathLike) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -191,16 +191,17 @@ class ParallelObjective:
         device: of both.
 
     A loss must be weighted by world_size * (images of the share) / (images of the mini-batch) before backward(). An
-    empty share is valid: its loss and gradients are 0, and it takes part in the exchange.
+    empty share is valid: its loss and gradients are 0, and it takes part in the exchange. Under `no_sync()` gradients
+    are added up on this rank without being exchanged.
     """
 
     def __init__(self, net: nn.Module, objective: Callable, device: torch.device):
-        self.objective = objective
         self.module = DistributedDataParallel(
             _NetworkAndObjective(net, objective),
             device_ids=[device] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
         )
+        self.no_sync = self.module.no_sync
         # Each rank's BatchNorm keeps its own running statistics; `average_batchnorm` averages them.
         self.module.broadcast_buffers = False
         # DistributedDataParallel orders its buckets anew after the first backward pass, and with them the sums over
@@ -209,16 +210,8 @@ class ParallelObjective:
             self.module(None, None)[0].backward()
         self.module.zero_grad(set_to_none=True)
 
-    @property
-    def adapters(self) -> nn.Module | None:
-        return getattr(self.objective, "adapters", None)
-
     def __call__(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return self.module(images, labels)
-
-    def no_sync(self):
-        """A context in which gradients are added up on this rank without being exchanged."""
-        return self.module.no_sync()
 
 
 class _NetworkAndObjective(nn.Module):
@@ -296,7 +289,7 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 def describe_loss(error: BaseException) -> str:
-    """What a rank reports when another one is gone."""
+    """What a rank reports when another one is gone: the cause is the first line of the error's message."""
     return f"of {world_size()} processes one has died or does not answer ({first_line(error)[:200]})"
 
 
@@ -304,23 +297,12 @@ def launcher() -> list[str]:
     """The words before the script's name in a command line that starts this run again."""
     if world_size() == 1:
         return ["python"]
-    machines = world_size() // local_world_size()
-    nodes = []
+    machines, nodes = world_size() // local_world_size(), []
     if machines > 1:
         # Without a common endpoint torchrun would wait on every machine for itself.
         endpoint = f"{os.environ.get('MASTER_ADDR', 'FIRST_MACHINE')}:29500"
         nodes = ["--nnodes", str(machines), "--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint]
     return ["torchrun", *nodes, "--nproc_per_node", str(local_world_size())]
-
-
-def describe_processes(sync_bn: bool) -> list[str]:
-    """Lines for the log of a run with several processes."""
-    if world_size() == 1:
-        return []
-    return [
-        f"processes: {world_size()}, {local_world_size()} on this machine, {dist.get_backend()}; sizes of mini-batches "
-        f"are over all of them; BatchNorm's statistics are over {'all' if sync_bn else 'the share of each'}"
-    ]
 
 
 def first_line(error: BaseException) -> str:

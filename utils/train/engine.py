@@ -37,7 +37,6 @@ class RunningMeans:
     """
 
     def __init__(self, device: torch.device, state: dict | None = None):
-        device = torch.device("cpu") if device.type == "mps" else device
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self.t = 0
@@ -61,12 +60,10 @@ class RunningMeans:
         """Adds a mini-batch or this rank's share of one: its mean loss, logits (B, classes), labels (B,)."""
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = best == labels[:, None]
-        self.sums[:3] += torch.stack(
-            [loss.detach().double() * len(labels), hits[:, 0].sum().double(), hits.sum().double()]
-        )
+        loss = loss.detach().double()
+        self.sums[:3] += torch.stack([loss * len(labels), hits[:, 0].sum().double(), hits.sum().double()])
         self.sums[3] += len(labels)
-        bad = ~torch.isfinite(loss.detach()).to(self.first_bad.device)
-        self.first_bad = torch.where(bad & (self.first_bad < 0), self.t, self.first_bad)
+        self.first_bad = torch.where(~loss.isfinite() & (self.first_bad < 0), self.t, self.first_bad)
 
     def read(self) -> PassResult:
         """The means so far, over all ranks: every rank must read equally often."""
@@ -76,9 +73,7 @@ class RunningMeans:
         return PassResult(loss, 100 * top1, 100 * top5, seconds, images / seconds)
 
 
-def to_device(
-    images: Tensor, labels: Tensor, device: torch.device, normalise: Callable | None = None
-) -> tuple[Tensor, Tensor]:
+def to_device(images: Tensor, labels: Tensor, device: torch.device, normalise: Callable | None = None):
     """A mini-batch where the network is; uint8 images become its input there (data.images.ImageSet.normalise)."""
     images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
     return (normalise(images) if normalise else images), labels.to(device, non_blocking=True)
@@ -99,9 +94,7 @@ def train_step(
     epoch: int = 0,
     final: int = 1,
     max_images: int | None = None,
-    pruning=None,
-    step: int = 0,
-    log: Callable[[str], None] = print,
+    before_update: Callable[[], None] = lambda: None,
 ) -> None:
     """One step: the gradient of a mini-batch, and the optimizer's update.
 
@@ -117,15 +110,12 @@ def train_step(
         final: 1 thresholds filters in this step, 0 does not.
         max_images: images that a process takes through the network at once, None for all. The gradient is the same but
             for BatchNorm, whose statistics are those of each part.
-        pruning: utils.prune.gradual.GradualPruning, or None.
-        step: number of the mini-batch over the whole run, for `pruning`.
-        log: gets what `pruning` reports.
+        before_update: called when the gradient is complete; gradual pruning removes filters there.
     """
     images, labels = to_device(images, labels, device, normalise)
     optimizer.zero_grad(set_to_none=True)
     add_gradients(net, objective, images, labels, size, max_images, means)
-    if pruning is not None and (text := pruning.before_step(step)) is not None:
-        log(text)
+    before_update()
     if isinstance(optimizer, AHSG_HT):
         optimizer.update_HSG(1)
         optimizer.step(None, growth, epoch, final)

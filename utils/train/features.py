@@ -25,8 +25,7 @@ class WithFeatures(nn.Module):
 
     def __init__(self, net: nn.Module):
         super().__init__()
-        self.net = net
-        self.captures = False
+        self.net, self.captures = net, False
         self.features: list[Tensor] = []
         self.stages: list[Tensor] = []
 
@@ -39,8 +38,7 @@ class WithFeatures(nn.Module):
             if self.captures:
                 self.stages.append(output)
 
-        linear = last_linear(net)
-        if linear is not None:
+        for linear in [module for module in net.modules() if isinstance(module, nn.Linear)][-1:]:
             linear.register_forward_pre_hook(capture_features)
         for name, module in net.named_modules():
             if STAGE.fullmatch(name):
@@ -60,8 +58,3 @@ class WithFeatures(nn.Module):
 def with_features(net: nn.Module) -> nn.Module:
     """The network itself where it takes return_features, else a WithFeatures around it."""
     return net if "return_features" in inspect.signature(net.forward).parameters else WithFeatures(net)
-
-
-def last_linear(net: nn.Module) -> nn.Linear | None:
-    """A network's last linear layer, its classifier; None where it has none."""
-    return next((module for module in reversed(list(net.modules())) if isinstance(module, nn.Linear)), None)

@@ -183,43 +183,45 @@ def parse_term(text: str) -> Term:
     Raises:
         UserError: it describes none.
     """
-
-    def refuse(why: str):
-        raise UserError(f"--kd '{text}': {why}")
-
-    def number(what: str, value: str) -> float:
-        try:
-            parsed = float(value)
-        except ValueError:
-            parsed = math.nan
-        return parsed if math.isfinite(parsed) else refuse(f"{what} must be a number, got '{value}'")
-
-    on, loss, *rest = [*text.split(":"), ""][: max(2, text.count(":") + 1)]
-    if on not in KD_ON or not loss or len(rest) > 2:
-        refuse(f"must be ON:LOSS[:WEIGHT[:NAME=VALUE,...]] with ON {', '.join(KD_ON)}, such as logits:KL:0.9:T=4")
-    if loss not in LOSSES:
-        refuse(f"unknown loss '{loss}'; choose from {', '.join(LOSSES)}")
-    if on not in LOSSES[loss].compares:
-        able = ", ".join(name for name in LOSSES if on in LOSSES[name].compares)
-        refuse(f"{loss} compares {', '.join(LOSSES[loss].compares)}; on {on} use {able}")
-    weight = number("the weight", rest[0]) if rest else 1.0
-    if weight < 0:
-        refuse(f"the weight must be >= 0, got {weight:g}")
-    parameters = inspect.signature(LOSSES[loss]).parameters.values()
-    known = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL and p.kind is not p.VAR_KEYWORD]
-    known += ["standardise"] * (on == "logits")
-    options = {}
-    for part in rest[1].split(",") if rest[1:] else []:
-        name, _, value = part.partition("=")
-        if name not in known:
-            refuse(f"{loss} on {on} has no option '{name}'; its options: {', '.join(known) or 'none'}")
-        options[name] = number(name, value)
-    term = Term(on, loss, weight, options)
     try:
+        on, loss, weight, options, *more = [*text.split(":"), *["", "1", ""][text.count(":") :]]
+        if on not in KD_ON or not loss or more:
+            forms = f"ON:LOSS[:WEIGHT[:NAME=VALUE,...]] with ON {', '.join(KD_ON)}, such as logits:KL:0.9:T=4"
+            raise ValueError(f"must be {forms}")
+        if loss not in LOSSES:
+            raise ValueError(f"unknown loss '{loss}'; choose from {', '.join(LOSSES)}")
+        if on not in LOSSES[loss].compares:
+            able = ", ".join(name for name in LOSSES if on in LOSSES[name].compares)
+            raise ValueError(f"{loss} compares {', '.join(LOSSES[loss].compares)}; on {on} use {able}")
+        known = list(inspect.signature(LOSSES[loss]).parameters) if LOSSES[loss].__init__ is not Loss.__init__ else []
+        known += ["standardise"] * (on == "logits")
+        values = dict(part.partition("=")[::2] for part in options.split(",") if part)
+        signature = inspect.signature(LOSSES[loss]).parameters.values()
+        if missing := [
+            p.name
+            for p in signature
+            if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in values
+        ]:
+            raise ValueError(f"{loss} needs the option {missing[0]}, as {on}:{loss}:1:{missing[0]}=NUMBER")
+        if unknown := [name for name in values if name not in known]:
+            raise ValueError(f"{loss} on {on} has no option '{unknown[0]}'; its options: {', '.join(known) or 'none'}")
+        term = Term(on, loss, _number("the weight", weight), {name: _number(name, v) for name, v in values.items()})
+        if term.weight < 0:
+            raise ValueError(f"the weight must be >= 0, got {term.weight:g}")
         term.make_loss()
     except ValueError as error:
-        refuse(str(error))
+        raise UserError(f"--kd '{text}': {error}") from None
     return term
+
+
+def _number(what: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{what} must be a number, got '{text}'")
+    return value
 
 
 def check_terms(terms: Sequence[Term]) -> None:

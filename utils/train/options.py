@@ -32,6 +32,7 @@ from utils.base.arguments import (
     switch,
 )
 from utils.base.errors import UserError
+from utils.prune.scores import SCORES as PRUNE_SCORES
 from utils.train.distributed import DIST_TIMEOUT
 from utils.train.losses import LOSSES, check_terms, parse_term
 from utils.train.recipes import fit_schedule, recipes_of
@@ -166,7 +167,7 @@ OPTIONS: dict[str, list[Option]] = {
                        settings=dict(choices=("paper", "released")), phrases={"released": "heavy ball released"},
                        idle=lambda s: not s["v"]),
         _recipe_option("norm", "what ranks filters, a key of SCORES in AHSG-HT.py: their l2 or l1 norm (2)", score_name,
-                       2, settings=dict(choices=SCORES), network=True, idle=_keeps_all),
+                       2, settings=dict(choices=SCORES), network=True, idle=lambda s: _keeps_all(s) or not _not_gradual(s)),
         _recipe_option("no_regrow", "a removed filter stays removed (in the paper it may come back)", default=False,
                        phrases={True: "no regrowth"}, idle=lambda s: _keeps_all(s) or not _not_gradual(s)),
         _recipe_option("threshold_every", "when filters are thresholded (step)", str, "step",
@@ -182,7 +183,7 @@ OPTIONS: dict[str, list[Option]] = {
         _recipe_option("prune_end", "share of the steps after which nothing more is removed", SHARE, RECIPE,
                        idle=_not_gradual),
         _recipe_option("prune_score", "score of a filter: its norm, |gamma| of its BatchNorm, or Taylor (norm)", str,
-                       "norm", settings=dict(choices=("norm", "gamma", "taylor")), idle=_not_gradual),
+                       "norm", settings=dict(choices=PRUNE_SCORES), idle=_not_gradual),
         _recipe_option("tied", "remove channels that are added together, together (on)", switch, True,
                        settings=dict(metavar="on|off"), phrases={False: "untied"}, idle=_not_gradual),
         _recipe_option("allocation", "the same rate in all layers, or chosen over the whole network (uniform)", str,
@@ -203,7 +204,6 @@ OPTIONS: dict[str, list[Option]] = {
                settings=dict(choices=LOSSES)),
         _recipe_option("ce_weight", "weight of the cross-entropy beside the terms", NOT_NEGATIVE, RECIPE,
                        idle=_no_teacher),
-        _recipe_option("share_classifier", "start from the teacher's last layer", default=False, idle=_no_teacher),
         _recipe_option("head_width", "two-layer head of this width for a CIFAR ResNet (released checkpoint: 20)", COUNT,
                        network=True, scripts="cifar"),
     ],
@@ -244,7 +244,7 @@ OPTIONS: dict[str, list[Option]] = {
         Option("use_state_dict", "accepted for the release's command lines; always so here", default=False),
     ],
 }  # fmt: skip
-# Options that every script words for itself. The teacher is told by its content (teacher_sha256), not by its path.
+# Options that each script describes in its own words. A teacher is identified by its content (teacher_sha256).
 RECIPE_OPTION = Option("recipe", "numbers for everything below that is not given (prune)", str, None, same_run=True)
 ALL: dict[str, Option] = {
     option.name: option
@@ -285,23 +285,10 @@ def _add(group: argparse._ArgumentGroup, option: Option, recipes: dict[str, dict
     help = option.help
     if option.default is RECIPE and "recipe" not in help:
         names = [name for name in ("baseline", "prune") if recipes[name][option.name] is not None]
-        texts = [" ".join(as_words(option, recipes[name][option.name])[1:]) for name in names]
+        texts = [str(recipes[name][option.name]).strip("[]").replace(",", "").replace("True", "on") for name in names]
         help += f" (recipe: {', pruning '.join(dict.fromkeys(texts)) or 'none'})"
     kind = dict(action="store_true") if option.type is None else dict(type=option.type, **option.settings)
     group.add_argument(f"--{option.name}", *option.flags, help=help.replace("%", "%%"), **kind)
-
-
-def as_words(option: Option, value) -> list[str]:
-    """The words of a command line that give an option this value; [] for a flag that is off."""
-    if option.type is None:
-        return [f"--{option.name}"] if value else []
-    return [f"--{option.name}", *map(_word, value if isinstance(value, (list, tuple)) else [value])]
-
-
-def _word(value) -> str:
-    if isinstance(value, float):
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    return {True: "on", False: "off", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def recipe_settings(recipe: str, dataset: str) -> dict:
@@ -324,9 +311,9 @@ def identity(settings: dict) -> dict:
 def phrase(name: str, value) -> str:
     """An option's value in words, for tables: "no regrowth", "decay 0.001"."""
     option = ALL.get(name)
-    known = {} if option is None or isinstance(value, list) else option.phrases
     text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-    return known.get(value, f"{name} {text}") if known else f"{name} {text}"
+    known = option.phrases.items() if option else ()
+    return next((words for key, words in known if key == value), f"{name} {text}")
 
 
 def parse(parser: OneLineParser, argv: Sequence[str]) -> dict:
@@ -341,19 +328,6 @@ def parse(parser: OneLineParser, argv: Sequence[str]) -> dict:
         if len(both) > 1:
             raise UserError(f"--{both[0]} and --{both[1]} exclude each other; give one")
     return given
-
-
-def check_saved(parser: OneLineParser, name: str, value, path: str) -> None:
-    """Raises UserError where a checkpoint's setting is none that the command line could give."""
-    option = ALL.get(name)
-    plain = value is None or isinstance(value, (str, bool)) or (option is not None and option.type is not None)
-    try:
-        words = as_words(option, value) if option and value is not None and plain and name != "teacher_sha256" else []
-        got = vars(parser.parse_args(words)).get(name, value) if plain else None
-    except (UserError, TypeError, ValueError):
-        plain, got = False, None
-    if not plain or got != value:
-        raise UserError(f"'{path}' was saved with {name}={value!r}, which is no such setting; give --{name}")
 
 
 def resolve(given: dict, adopted: dict, *, family: str, arch: str) -> argparse.Namespace:
@@ -403,7 +377,7 @@ def _check(args: argparse.Namespace, given: dict) -> None:
     """Raises UserError where options contradict each other."""
     gradual = args.recipe == "prune_gradual"
     only_gradual = [o.name for o in OPTIONS["gradual pruning (--recipe prune_gradual)"] if o.name in given]
-    only_teacher = [name for name in ("kd", "ce_weight", "share_classifier") if name in given]
+    only_teacher = [name for name in ("kd", "ce_weight") if name in given]
     plain = args.recipe in ("baseline", "distill")
     with_teacher = {"baseline": "distill", "prune": "prune_distill"}
     rate, schedule = f"HTrate={args.HTrate:g}", " ".join(map(str, args.schedule))
@@ -420,8 +394,8 @@ def _check(args: argparse.Namespace, given: dict) -> None:
          f"--prune_begin {args.prune_begin} comes after --prune_end {args.prune_end}; give an earlier begin"),
         (gradual and args.HTrate == 1 and not args.macs_cut,
          f"recipe prune_gradual has nothing to remove, got {rate}; give --HTrate below 1 or --macs_cut"),
-        (gradual and {"no_regrow", "threshold_every", "heavy_ball"} & given.keys(),
-         "--no_regrow, --threshold_every and --heavy_ball are for the papers' recipes; leave them out"),
+        (gradual and {"norm", "no_regrow", "threshold_every", "heavy_ball"} & given.keys(),
+         "--norm, --no_regrow, --threshold_every and --heavy_ball are for the papers' recipes; see --prune_score"),
         (args.heavy_ball == "released" and args.threshold_every == "epoch",
          "--heavy_ball released thresholds at every step, as the release; leave out --threshold_every epoch"),
         (len(args.schedule) != len(args.gammas), f"--schedule has {len(args.schedule)} epochs and --gammas "

@@ -5,72 +5,42 @@ from __future__ import annotations
 import math
 
 COMMON = dict(
-    epochs=200,
-    learning_rate=0.01,
-    momentum=0.9,
-    nesterov=True,
-    decay=5e-4,
-    lr_schedule="steps",
-    warmup=0.0,
-    schedule=[1, 60, 120, 160],
-    gammas=[10.0, 0.2, 0.2, 0.2],
-    kd=["feature:MSE:1"],
-    ce_weight=1.0,
-    prune_begin=None,
-    prune_end=None,
-)
+    epochs=200, learning_rate=0.01, momentum=0.9, nesterov=True, decay=5e-4,
+    lr_schedule="steps", warmup=0.0, schedule=[1, 60, 120, 160], gammas=[10.0, 0.2, 0.2, 0.2],
+    kd=["feature:MSE:1"], ce_weight=1.0, prune_begin=None, prune_end=None,
+)  # fmt: skip
 PRUNE = dict(batch_size=64, k=128, HTrate=0.7, v=0.1)
 PLAIN = dict(batch_size=128, k=None, HTrate=1.0, v=0.0)
 # This project's own. `trained` holds what differs where training starts from a trained network.
 GRADUAL = dict(
-    lr_schedule="cosine",
-    learning_rate=0.1,
-    warmup=1.0,
-    HTrate=0.7,
-    v=0.0,
-    k=None,
-    prune_begin=0.2,
-    prune_end=0.6,
-    kd=["logits:KL:0.5"],
-    ce_weight=0.5,
+    lr_schedule="cosine", learning_rate=0.1, warmup=1.0, HTrate=0.7, v=0.0, k=None, prune_begin=0.2, prune_end=0.6,
+    kd=["logits:KL:0.5"], ce_weight=0.5,
     trained=dict(learning_rate=0.05, warmup=0.0, prune_begin=0.05, prune_end=0.5),
-)
+)  # fmt: skip
 
 # The release's shell scripts. distill and prune_distill need a teacher; finetune starts from a pruned checkpoint.
+LONGER = dict(epochs=250, schedule=[1, 60, 120, 160, 200], gammas=[10.0, 0.2, 0.2, 0.2, 0.5])
 RECIPES: dict[str, dict] = {
     "baseline": {**COMMON, **PLAIN},
     "prune": {**COMMON, **PRUNE},
     "distill": {**COMMON, **PLAIN},
-    "prune_distill": {
-        **COMMON,
-        **PRUNE,
-        "epochs": 250,
-        "schedule": [1, 60, 120, 160, 200],
-        "gammas": [10.0, 0.2, 0.2, 0.2, 0.5],
-    },
+    "prune_distill": {**COMMON, **PRUNE, **LONGER},
     "finetune": {**COMMON, **PRUNE, "learning_rate": 0.001},
     "prune_gradual": {**COMMON, **GRADUAL, "batch_size": 128},
 }
 
 # The recipe that papers on pruning train torchvision's ResNets by, soft filter pruning's among them.
-IMAGENET_COMMON = dict(
-    COMMON,
-    epochs=100,
-    learning_rate=0.1,
-    nesterov=False,
-    decay=1e-4,
-    schedule=[30, 60, 90],
-    gammas=[0.1, 0.1, 0.1],
-    batch_size=256,
-    k=None,
-)
+IMAGENET = dict(
+    COMMON, epochs=100, learning_rate=0.1, nesterov=False, decay=1e-4, schedule=[30, 60, 90], gammas=[0.1, 0.1, 0.1],
+    batch_size=256, k=None, HTrate=1.0, v=0.0,
+)  # fmt: skip
 IMAGENET_RECIPES: dict[str, dict] = {
-    "baseline": {**IMAGENET_COMMON, "HTrate": 1.0, "v": 0.0},
-    "prune": {**IMAGENET_COMMON, "HTrate": 0.7, "v": 0.1},
-    "distill": {**IMAGENET_COMMON, "HTrate": 1.0, "v": 0.0},
-    "prune_distill": {**IMAGENET_COMMON, "HTrate": 0.7, "v": 0.1},
-    "finetune": {**IMAGENET_COMMON, "HTrate": 0.7, "v": 0.1, "learning_rate": 0.001},
-    "prune_gradual": {**IMAGENET_COMMON, **GRADUAL, "trained": dict(GRADUAL["trained"], learning_rate=0.01)},
+    "baseline": IMAGENET,
+    "prune": {**IMAGENET, "HTrate": 0.7, "v": 0.1},
+    "distill": IMAGENET,
+    "prune_distill": {**IMAGENET, "HTrate": 0.7, "v": 0.1},
+    "finetune": {**IMAGENET, "HTrate": 0.7, "v": 0.1, "learning_rate": 0.001},
+    "prune_gradual": {**IMAGENET, **GRADUAL, "trained": dict(GRADUAL["trained"], learning_rate=0.01)},
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import shlex
+import time
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +18,12 @@ from utils.small.filters import format_plan
 from utils.small.output import small_table, write_small
 from utils.train.curves import draw_curves
 from utils.train.device import describe_machine, describe_versions
-from utils.train.distributed import describe_processes, is_first, launcher, plain_batchnorm, world_size
-from utils.train.progress import describe_schedule
+from utils.train.distributed import is_first, launcher, local_world_size, plain_batchnorm, world_size
+from utils.train.engine import PassResult
 
 # Images on which the small network is compared with the masked one.
 COMPARED = 500
+TIME_FORMAT = "%Y-%m-%d-%H:%M:%S"
 
 
 def log_settings(trainer) -> None:
@@ -33,11 +36,20 @@ def log_settings(trainer) -> None:
     )
     threads, optimizer = torch.get_num_threads(), type(trainer.optimizer).__name__
     log(f"device: {trainer.device}, {threads} CPU threads; optimizer: {optimizer}")
-    for line in [str(trainer.acceleration), *trainer.acceleration.notes, *describe_processes(args.sync_bn)]:
-        log(line)
+    log(str(trainer.acceleration))
+    if world_size() > 1:
+        log(
+            f"processes: {world_size()}, {local_world_size()} on this machine, {torch.distributed.get_backend()}; sizes "
+            "of mini-batches are over all of them; BatchNorm's statistics are over "
+            f"{'all' if args.sync_bn else 'the share of each'}"
+        )
     for name, value in trainer.facts.get("teacher", {}).items():
         log(f"teacher {name}: {value}")
-    log(f"schedule: {describe_schedule(trainer.train_loader.sizes(0))}")
+    sizes = trainer.train_loader.sizes(0)
+    runs = [(size, len(list(same))) for size, same in groupby(sizes)]
+    parts = [f"{size} x{n}" if n > 1 else f"{size}" for size, n in runs]
+    parts = parts if len(parts) <= 12 else [*parts[:4], "...", *parts[-4:]]
+    log(f"schedule: {len(sizes)} mini-batches in the first epoch: {', '.join(parts)} ({sum(sizes)} images)")
     if trainer.pruning is not None:
         log(trainer.pruning.plan_text())
     else:
@@ -56,6 +68,14 @@ def log_settings(trainer) -> None:
             f"nothing left to do: {args.resume} has {trainer.epochs_done} of {args.epochs} epochs; "
             "a larger --epochs continues the training"
         )
+
+
+def step_line(epoch: int, position: str, size: int, now: PassResult) -> str:
+    """The release's line within an epoch: number and size of the mini-batch, means of the epoch so far."""
+    return (
+        f"  Epoch: [{epoch:03d}][{position}]   Batch {size}   Time {now.seconds:.1f}   Loss {now.loss:.4f}   "
+        f"Prec@1 {now.top1:.3f}   Prec@5 {now.top5:.3f}   [{time.strftime(TIME_FORMAT)}]"
+    )
 
 
 def write(trainer, *, curves: bool) -> dict:
@@ -107,7 +127,7 @@ def results_of(trainer) -> dict:
         "seconds": sum(row["seconds"] for row in rows),
         "network": trainer.cost,
         "filters": filters,
-        "command": shlex.join([*launcher(), trainer.script, *trainer.argv]),
+        "command": shlex.join([*launcher(), *trainer.command]),
         **trainer.facts,
         "settings": vars(trainer.args),
         "optimizer": type(trainer.optimizer).__name__,

@@ -1,19 +1,28 @@
-"""The folder of one run: log, metrics.csv, results.json, curves.png and checkpoints."""
+"""The folder of one run: its lock, log, metrics.csv, results.json, curves.png and checkpoints."""
 
 from __future__ import annotations
 
+import errno
 import json
-import math
 import os
+import socket
 from pathlib import Path
+from typing import IO
 
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 from utils.base.files import TEMPORARY, append_line, end_last_line, replace_file
-from utils.train.run_lock import RunLock
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 RUNS = Path("runs")
 METRICS = ("epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "images_per_s", "seconds")
+LOCK_NAME = ".lock"
+# The error numbers of file systems without locks (some network and FUSE mounts).
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class RunFolder:
@@ -22,24 +31,24 @@ class RunFolder:
     Args:
         path: the folder, made where absent.
         seed: names the log file, log_seed_<seed>.txt.
-        new: a run that begins: of two that choose one folder at one time the second stops.
-        resumed: the file that a run in its own folder continues from, and its `file_stamp` when it was read.
+        resumed: the checkpoint in this folder that the run continues from, and its modification time in ns when it was
+            read; None for a run that begins.
 
     Raises:
         UserError: the folder cannot be written to, or another run is in it.
     """
 
-    def __init__(self, path: Path, seed: int, *, new: bool = True, resumed: tuple[Path, tuple] | None = None):
+    def __init__(self, path: Path, seed: int, *, resumed: tuple[Path, int] | None = None):
         self.path = path
         self.log_path = path / f"log_seed_{seed}.txt"
-        self.metrics_path = path / "metrics.csv"
         # A damaged checkpoint, which another was resumed in place of, must not become `previous`.
         self._keeps_latest = resumed is None or resumed[0].name.startswith("checkpoint.")
-        self._lock = None
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = RunLock(path)
-            if (new and holds_a_run(path)) or (resumed is not None and file_stamp(resumed[0]) != resumed[1]):
+            self._lock = lock_folder(path)
+            # Of two runs that chose this folder at one time, the second finds it changed when the first has ended.
+            if holds_a_run(path) if resumed is None else resumed[0].stat().st_mtime_ns != resumed[1]:
+                self.close()
                 raise UserError(
                     f"another run has just begun in '{path}'; start this one again, or choose another --save_path"
                 )
@@ -47,14 +56,11 @@ class RunFolder:
             end_last_line(self.log_path)
             for left_over in path.glob(f".*{TEMPORARY}"):
                 left_over.unlink()
-        except BaseException as error:
-            self.close()
-            if isinstance(error, OSError):
-                reason = f"cannot write to save path '{path}' ({error.strerror})"
-                raise UserError(f"{reason}; choose another --save_path") from None
-            raise
-        if self._lock.note:
-            self.log(self._lock.note)
+        except OSError as error:
+            reason = f"cannot write to save path '{path}' ({error.strerror})"
+            raise UserError(f"{reason}; choose another --save_path") from None
+        if self._lock is None:
+            self.log(f"note: no file locks in '{path}'; two runs must not use one save path")
 
     def __enter__(self) -> RunFolder:
         return self
@@ -65,19 +71,18 @@ class RunFolder:
     def close(self) -> None:
         """Releases the folder's lock."""
         if self._lock is not None:
-            self._lock.release()
+            self._lock.close()
 
     def log(self, text: str, *, show: bool = True) -> None:
         """Appends a line to the log file and prints it."""
         if show:
             print(text, flush=True)
-        self._append(self.log_path, text)
-
-    def _append(self, path: Path, line: str, *, durable: bool = False) -> None:
         try:
-            append_line(path, line, durable=durable)
+            append_line(self.log_path, text)
         except OSError as error:
-            raise UserError(f"cannot write '{path}' ({error.strerror}); the last checkpoint is intact") from None
+            raise UserError(
+                f"cannot write '{self.log_path}' ({error.strerror}); the last checkpoint is intact"
+            ) from None
 
     def checkpoint_path(self, arch: str, kind: str = "checkpoint") -> Path:
         """checkpoint.<arch>.pth.tar, previous.<arch>.pth.tar or best.<arch>.pth.tar."""
@@ -91,23 +96,15 @@ class RunFolder:
         checkpoints.write(checkpoint, *paths, self.checkpoint_path(arch), keep=keep)
         self._keeps_latest = True
 
-    def append_metrics(self, row: dict) -> None:
-        """A line of metrics.csv, the header before the first one. Comes after the epoch's checkpoint."""
-        if not self.metrics_path.exists():
-            self._append(self.metrics_path, ",".join(METRICS), durable=True)
-        self._append(self.metrics_path, _metrics_line(row), durable=True)
-
-    def rewrite_metrics(self, history: list[dict]) -> None:
-        """Makes metrics.csv that of a run's history: after a crash a row may be missing, cut, or too much."""
-        content = "".join(f"{line}\n" for line in [",".join(METRICS), *map(_metrics_line, history)]).encode()
-        there = self.metrics_path.read_bytes() if self.metrics_path.exists() else b""
-        if there != content and (there or history):
-            replace_file(self.metrics_path, content)
+    def write_metrics(self, history: list[dict]) -> None:
+        """Writes metrics.csv, a row per epoch. Comes after the epoch's checkpoint, and before the first epoch: a crash
+        between the two leaves a row missing."""
+        lines = [",".join(METRICS), *(",".join(f"{row[name]:.6g}" for name in METRICS) for row in history)]
+        replace_file(self.path / "metrics.csv", "".join(f"{line}\n" for line in lines).encode())
 
     def write_results(self, results: dict) -> None:
         """Writes results.json."""
-        text = json.dumps(_finite(results), indent=1, allow_nan=False) + "\n"
-        replace_file(self.path / "results.json", text.encode())
+        replace_file(self.path / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
 
 
 class SilentFolder(RunFolder):
@@ -119,35 +116,49 @@ class SilentFolder(RunFolder):
     def _nothing(self, *_, **__) -> None:
         pass
 
-    log = save_checkpoint = append_metrics = rewrite_metrics = write_results = close = _nothing
+    log = save_checkpoint = write_metrics = write_results = close = _nothing
 
 
-def _metrics_line(row: dict) -> str:
-    return ",".join(f"{row[name]:.6g}" for name in METRICS)
+def lock_folder(folder: Path) -> IO | None:
+    """Locks a folder, which exists, for this process: the lock's open file, None where there are no locks.
 
+    The system releases the lock when that file is closed or the process ends, in whatever way. A POSIX record lock and
+    not flock: worker processes inherit the latter, so that after a kill -9 a folder would stay locked until they end.
+    The file stays: with another one of its name two runs could hold one folder.
 
-def _finite(value):
-    """Numbers that JSON does not have (of a diverged loss) as null."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def file_stamp(path: Path) -> tuple | None:
-    """What changes when a file is replaced; None where there is none."""
-    try:
-        status = path.stat()
-    except OSError:
+    Raises:
+        UserError: another run holds it; the line names its process and host.
+    """
+    if fcntl is None:
         return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    file = open(folder / LOCK_NAME, "a+")  # noqa: SIM115 (open as long as the lock)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read(200).strip() or "another process"
+        file.close()
+        if error.errno in UNSUPPORTED:
+            return None
+        raise UserError(
+            f"save path '{folder}' is in use by {holder}; wait until it ends, or choose another --save_path"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def check_free(folder: Path) -> None:
+    """Raises UserError when another run holds the folder."""
+    if os.access(folder / LOCK_NAME, os.W_OK) and (lock := lock_folder(folder)):
+        lock.close()
 
 
 def holds_a_run(path: Path) -> bool:
-    """Whether a folder has a log, results or a checkpoint."""
+    """Whether a folder has results or a checkpoint; the log alone, of a run that was killed before, does not count."""
     names = os.listdir(path) if path.is_dir() else []
-    return "results.json" in names or any(n.startswith("log_seed_") or n.endswith(".pth.tar") for n in names)
+    return "results.json" in names or any(name.endswith(".pth.tar") for name in names)
 
 
 def new_run_path(save_path: str | None, default_name: str) -> Path:
@@ -161,11 +172,20 @@ def new_run_path(save_path: str | None, default_name: str) -> Path:
         raise UserError(
             f"save path '{path}' holds a run already; continue it with --resume auto, or choose another --save_path"
         )
-    while holds_a_run(path):
+    while not save_path and (holds_a_run(path) or _is_locked(path)):
         number += 1
         path = RUNS / f"{default_name}-{number}"
     check_writable(path)
+    check_free(path)
     return path
+
+
+def _is_locked(folder: Path) -> bool:
+    try:
+        check_free(folder)
+    except UserError:
+        return True
+    return False
 
 
 def check_writable(path: Path) -> None:

@@ -22,13 +22,15 @@ from utils.base.signals import stop
 from utils.small.filters import filter_additives
 from utils.train.acceleration import Acceleration, accelerate, make_deterministic
 from utils.train.device import flush_denormals, reuse_freed_memory, seed_everything
-from utils.train.distillation import Distillation, share_classifier
+from utils.train.distillation import Distillation
 from utils.train.distributed import (
     Agreement,
     ParallelObjective,
     average_batchnorm,
     is_first,
     local_world_size,
+    on_all,
+    synchronise_batchnorm,
     world_size,
 )
 from utils.train.engine import evaluate, format_pass, gather_bad_images, to_device
@@ -40,37 +42,32 @@ from utils.train.run_folder import RunFolder, SilentFolder
 EVALUATION_BATCH = 500
 
 
-def load_teacher(args: argparse.Namespace, trained_by: str) -> tuple[nn.Module, dict] | None:
+def load_teacher(args: argparse.Namespace, script: str) -> tuple[nn.Module, dict] | None:
     """The network of --teacher and the checkpoint it is from, checked against --arch; None for a run without.
 
-    Args:
-        trained_by: the command line that trains a teacher for this run, less its network and recipe.
-
     Raises:
-        UserError: distillation without a teacher, or one of another network.
+        UserError: distillation without a teacher (the line has the command of `script` that trains one), or one of
+            another network.
     """
     if args.evaluate:
         return None
     if not args.teacher:
         if not args.arch_small and args.recipe not in ("distill", "prune_distill"):
             return None
-        arch = args.arch if args.arch_small else "resnet56" if args.dataset != "imagenet" else "resnet50"
-        command = f"python {trained_by} --arch {arch} --recipe baseline"
+        imagenet = args.dataset == "imagenet"
+        arch = args.arch if args.arch_small else "resnet50" if imagenet else "resnet56"
+        data_set = shlex.quote(str(args.data_path)) + ("" if imagenet else f" --dataset {args.dataset}")
+        command = f"python {script} {data_set} --arch {arch} --recipe baseline"
         raise UserError(f"distillation needs a trained teacher: add --teacher FILE; this trains one: {command}")
     checkpoint = models.load_checkpoint(args.teacher, args.arch)
     arch = args.teacher_arch = checkpoint["arch"]
     if args.arch_small and arch != args.arch:
-        raise UserError(f"--teacher '{args.teacher}' is a {arch}, --arch says {args.arch}; use --arch {arch}")
+        raise UserError(f"--teacher '{args.teacher}' is a {arch}, --arch is {args.arch}; use --arch {arch}")
     return models.load(args.teacher, arch), checkpoint
 
 
 def build_objective(
-    teacher: tuple[nn.Module, dict] | None,
-    net: nn.Module,
-    images: data.Data,
-    test_loader,
-    args: argparse.Namespace,
-    device: torch.device,
+    teacher: tuple[nn.Module, dict] | None, net: nn.Module, images: data.Data, test_loader, args: argparse.Namespace
 ):
     """Cross-entropy, or with a teacher distillation; and what results.json records of the teacher.
 
@@ -80,7 +77,7 @@ def build_objective(
     if teacher is None:
         return cross_entropy, {}
     teacher, checkpoint = teacher
-    classes = len(images.classes)
+    device, classes = next(net.parameters()).device, len(images.classes)
     models.renormalise(teacher, checkpoint.get("normalisation"), images.normalisation)
     teacher.to(device, memory_format=torch.channels_last).eval()
     sample = data.first_images(images.test, 2).to(device)
@@ -101,8 +98,6 @@ def build_objective(
         raise UserError(
             f"--teacher '{args.teacher}' has {tested.top1:.2f} %, no better than chance ({chance:g} %); train it first"
         )
-    if args.share_classifier:
-        share_classifier(teacher, net)
     terms = [parse_term(term) for term in args.kd]
     wide = [str(term) for term in terms if term.on != "logits"]
     if args.recipe == "prune_gradual" and args.shrink and wide:
@@ -132,12 +127,8 @@ def build_optimizer(net: nn.Module, adapters: nn.Module | None, args: argparse.N
         UserError: a rate that keeps no filter of a layer.
     """
     groups = [{"params": list(net.parameters())}]
-    common = dict(
-        lr=args.learning_rate,
-        momentum=args.momentum,
-        weight_decay=args.decay,
-        nesterov=args.nesterov and args.momentum > 0,
-    )
+    common = dict(lr=args.learning_rate, momentum=args.momentum, weight_decay=args.decay)
+    common["nesterov"] = args.nesterov and args.momentum > 0
     gradual = args.recipe == "prune_gradual"
     plain = args.HTrate == 1 and args.v == 0 and not gradual
     # A convolution that makes the logits keeps all of its filters, which are the classes; adapters are not thresholded.
@@ -149,12 +140,10 @@ def build_optimizer(net: nn.Module, adapters: nn.Module | None, args: argparse.N
         groups.append({"params": whole, **({} if plain else {"HTrate": 1})})
     if plain:
         # On a GPU one kernel for all parameters, on a CPU lists of them: torch's default there is a loop in Python.
-        on_gpu = next(net.parameters()).is_cuda
-        return torch.optim.SGD(groups, **({"fused": True} if on_gpu else {"foreach": True}), **common)
+        return torch.optim.SGD(groups, **{"fused" if example.is_cuda else "foreach": True}, **common)
     rate = 1.0 if gradual else args.HTrate
-    additives = filter_additives(net, example) if rate < 1 else None
     options = dict(v=args.v, HTrate=rate, heavy_ball=args.heavy_ball, norm=args.norm, regrow=not args.no_regrow)
-    options["additives"] = additives
+    options["additives"] = filter_additives(net, example) if rate < 1 else None
     try:
         return AHSG_HT(groups, **options, **common)
     except ValueError as error:
@@ -198,17 +187,12 @@ def worker_options(args: argparse.Namespace, device: torch.device) -> dict:
     """Worker processes that live as long as the run, and memory that a GPU can read by itself."""
     if not args.workers:
         return {}
-    return dict(
-        num_workers=args.workers,
-        persistent_workers=True,
-        prefetch_factor=args.prefetch_factor,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=leave_process_group,
-    )
+    options = dict(num_workers=args.workers, persistent_workers=True, prefetch_factor=args.prefetch_factor)
+    return options | dict(pin_memory=device.type == "cuda", worker_init_fn=leave_process_group)
 
 
 def leave_process_group(worker: int) -> None:
-    """Takes a worker out of the terminal's process group: Ctrl-C is for the training process, which ends its workers."""
+    """Leaves the terminal's process group: Ctrl-C is for the training process, which ends its workers."""
     os.setpgid(0, 0)
 
 
@@ -216,9 +200,7 @@ def open_folder(args: argparse.Namespace, start: Start) -> RunFolder:
     """The run's folder: on the first rank locked and ready for the run, on the others one that writes nothing."""
     if not is_first():
         return SilentFolder(start.folder)
-    resumed = (start.file, start.stamp) if start.folder_is_its_own else None
-    is_new = resumed is None and not start.begins_again
-    return RunFolder(start.folder, args.manualSeed, new=is_new, resumed=resumed)
+    return RunFolder(start.folder, args.manualSeed, resumed=start.resumed)
 
 
 def prepare_process(args: argparse.Namespace) -> None:
@@ -242,17 +224,22 @@ def use_normalisation(images: data.Data, checkpoint: dict | None) -> dict:
     return {"normalisation": normalisation}
 
 
+def place_network(net: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """The network on its device, in channels_last layout, with --sync_bn BatchNorm over all processes."""
+    net.to(device, memory_format=torch.channels_last)
+    return on_all(lambda: synchronise_batchnorm(net, device)) if args.sync_bn else net
+
+
 def test_only(
-    net: nn.Module, images: data.Data, args: argparse.Namespace, device: torch.device, weights: dict | None, origin: str
+    net: nn.Module, images: data.Data, args: argparse.Namespace, device: torch.device, start: Start, origin: str
 ) -> None:
-    """--evaluate: tests a network and prints the release's line.
+    """--evaluate: tests a network, with the weights of the checkpoint if there is one, and prints the release's line.
 
     Args:
-        weights: state dict to load first; None where the network has its weights.
-        origin: where they came from.
+        origin: where the weights came from.
     """
-    if weights is not None:
-        checkpoints.load_weights(net, weights, origin)
+    if start.checkpoint:
+        checkpoints.load_weights(net, start.checkpoint["state_dict"], origin)
     if args.recalibrate:
         recalibrate(net, build_train_loader(images, args, device), args.recalibrate, device)
     test_loader = build_test_loader(images, args, device)
@@ -277,9 +264,3 @@ def recalibrate(net: nn.Module, loader: data.DataLoader, count: int, device: tor
     sizes = loader.sizes(0)[:count]
     if is_first():
         print(f"BatchNorm statistics taken anew over {sum(sizes)} training images in {len(sizes)} mini-batches")
-
-
-def command_of_teacher(script: str, args: argparse.Namespace) -> str:
-    """The start of a command line that trains a teacher for this run; see load_teacher."""
-    dataset = "" if args.dataset == "imagenet" else f" --dataset {args.dataset}"
-    return f"{script} {shlex.quote(str(args.data_path))}{dataset}"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import math
 import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 import data
 from AHSG_HT import AHSG_HT
@@ -22,7 +22,7 @@ from utils.base.signals import Stopped, stop
 from utils.prune.gradual import GradualPruning
 from utils.small.filters import check_plan, count_zero_filters, kept_filters, make_plan
 from utils.train import report
-from utils.train.acceleration import choose_acceleration, compiled_graphs
+from utils.train.acceleration import choose_acceleration
 from utils.train.distributed import (
     LostRank,
     average_batchnorm,
@@ -36,7 +36,6 @@ from utils.train.distributed import (
 )
 from utils.train.engine import PassResult, RunningMeans, evaluate, format_pass, gather_bad_images, train_step
 from utils.train.optimizer_state import restore_optimizer
-from utils.train.progress import EpochProgress, format_seconds
 from utils.train.recipes import learning_rate_at
 from utils.train.resume import Start, resume_command
 from utils.train.run_folder import RunFolder
@@ -50,7 +49,7 @@ class Trainer:
     """Trains one network; `train` runs the epochs that are left, `finish` writes the small network and the results.
 
     Args:
-        script, argv: the command line, for the commands that are printed and saved.
+        command: name of the script and its arguments, for the commands that are printed and saved.
         args: the resolved settings, saved with checkpoints and results.
         start: where the run starts; see utils.train.resume.
         images: the data set.
@@ -66,13 +65,14 @@ class Trainer:
         epochs_done: epochs behind the network, more than the history where it came from a file of another project.
         position: mini-batches behind it of the epoch under way; all of them while the network is tested.
         best: best test accuracy of this run so far, in %; -1 before the first epoch.
+        adapters: what is trained beside the network in a distilled run.
         pruning: gradual pruning; None for the other recipes.
+        thresholds: whether the optimizer thresholds filters by itself.
     """
 
     def __init__(
         self,
-        script: str,
-        argv: list[str],
+        command: list[str],
         args: argparse.Namespace,
         start: Start,
         images: data.Data,
@@ -86,65 +86,48 @@ class Trainer:
         network_facts: dict,
         facts: dict,
     ):
-        self.argv, self.script, self.args, self.start, self.images = argv, script, args, start, images
+        self.command, self.args, self.start, self.images, self.device = command, args, start, images, device
         self.net, self.optimizer, self.train_loader, self.test_loader = net, optimizer, train_loader, test_loader
-        self.device, self.network_facts, self.facts = device, network_facts, facts
-        self.arch = args.student
+        self.network_facts, self.facts, self.arch = network_facts, facts, args.student
         self.history: list[dict] = []
         self.epochs_done, self.position, self.best, self.pieces = 0, 0, -1.0, 1
         self._means: RunningMeans | None = None
         self._saved_means: dict | None = None
         self._saved: tuple[str, int, int] | None = None
         self._zero_at_start: dict[str, list[int]] | None = None
+        self._objective, self.adapters = objective, getattr(objective, "adapters", None)
         self.acceleration = choose_acceleration(args, device)
-        self._objective = objective
-        self.largest = max(max(train_loader.sizes(epoch)) for epoch in (0, args.epochs - 1))
-        self.largest = min(-(-self.largest // world_size()), args.max_images_per_step or self.largest)
+        largest = max(max(train_loader.sizes(epoch)) for epoch in (0, args.epochs - 1))
+        self._largest = min(-(-largest // world_size()), args.max_images_per_step or largest)
         self.example = data.first_images(images.test, 2).cpu()[:1]
         saved = start.checkpoint if start.continues and "settings" in start.checkpoint else {}
         self.cost = saved.get("cost") or report.count_network(net, self.example)
         self.shapes = saved.get("shapes") or {n: list(p.shape) for n, p in net.named_parameters() if p.dim() == 4}
         self.plan = make_plan(net, optimizer)
+        self.thresholds = isinstance(optimizer, AHSG_HT) and any(layer.removed for layer in self.plan)
         # Before weights are restored: DistributedDataParallel gives every rank the BatchNorm statistics of the first.
-        self.objective = wrap_objective(objective, net, device, self.acceleration, self.largest)
+        self._wrap()
         if world_size() > 1:
             torch.manual_seed(args.manualSeed + rank() * 0x9E3779B1)  # every rank its own dropout
         if start.checkpoint:
             self.restore(start.checkpoint, args.resume, continues=start.continues)
-        self.pruning = self._make_pruning(saved.get("pruning")) if args.recipe == "prune_gradual" else None
+        self.pruning: GradualPruning | None = None
+        if args.recipe == "prune_gradual":
+            names = ("HTrate", "macs_cut", "tied", "round_to", "allocation", "shrink")
+            options = {name: getattr(args, name) for name in names}
+            options |= dict(begin=args.prune_begin, end=args.prune_end, score=args.prune_score)
+            options |= dict(steps=self.steps_before(args.epochs), state=saved.get("pruning"))
+            self.pruning = GradualPruning(net, optimizer, self.example.to(device), **options)
 
-    @property
-    def adapters(self) -> nn.Module | None:
-        """What is trained beside the network: the adapters of a distilled run."""
-        return getattr(self._objective, "adapters", None)
-
-    @property
-    def thresholds(self) -> bool:
-        """Whether the optimizer thresholds filters by itself."""
-        return isinstance(self.optimizer, AHSG_HT) and any(layer.removed for layer in self.plan)
+    def _wrap(self) -> None:
+        """Makes the objective that is called in training, of the network as it is now."""
+        # The old wrapper must go first: DistributedDataParallel removes its hooks from the parameters then.
+        self.objective = None
+        self.objective = wrap_objective(self._objective, self.net, self.device, self.acceleration, self._largest)
 
     def steps_before(self, epoch: int) -> int:
         """Mini-batches of the epochs before this one."""
         return sum(len(self.train_loader.sizes(e)) for e in range(epoch))
-
-    def _make_pruning(self, state: dict | None) -> GradualPruning:
-        args = self.args
-        return GradualPruning(
-            self.net,
-            self.optimizer,
-            self.example.to(self.device),
-            steps=self.steps_before(args.epochs),
-            begin=args.prune_begin,
-            end=args.prune_end,
-            HTrate=args.HTrate,
-            macs_cut=args.macs_cut,
-            score=args.prune_score,
-            tied=args.tied,
-            round_to=args.round_to,
-            allocation=args.allocation,
-            shrink=args.shrink,
-            state=state,
-        )
 
     def train(self, run: RunFolder) -> None:
         """Runs the epochs that are left, in a folder.
@@ -157,7 +140,7 @@ class Trainer:
         report.log_settings(self)
         try:
             with self._explained(), stop.deferred():
-                run.rewrite_metrics(self.history)
+                run.write_metrics(self.history)
                 begin = drawn = time.monotonic()
                 first = self.epochs_done
                 for epoch in range(first, self.args.epochs):
@@ -179,22 +162,28 @@ class Trainer:
         try:
             yield
         except Stopped as stopped:
-            command = resume_command(self.script, self.argv, self._saved[0], launcher()) if self._saved else None
+            script, *argv = self.command
+            command = resume_command(script, argv, self._saved[0], launcher()) if self._saved else None
             stopped = Stopped(stopped.signum, self.last_good(), command)
             self.run.log(f"\n{stopped}", show=False)
             raise stopped from None
         except RuntimeError as error:
-            if is_lost_connection(error):
-                go_on = f"with any number of processes continue with --resume {shlex.quote((self._saved or [''])[0])}"
-                remedy = go_on if self._saved else "start the run again"
-                raise LostRank(f"{describe_loss(error)}; {self.last_good()}; {remedy}") from None
-            raise
+            if not is_lost_connection(error):
+                raise
+            remedy = "start the run again"
+            if self._saved:
+                remedy = f"with any number of processes continue with --resume {shlex.quote(self._saved[0])}"
+            raise LostRank(f"{describe_loss(error)}; {self.last_good()}; {remedy}") from None
 
     def _run_epoch(self, epoch: int) -> None:
         """Training pass, cut of the network, test pass, checkpoint and metrics of one epoch."""
         trained = self._train_epoch(epoch)
         self.run.log(format_pass("Train", trained))
-        self._shrink(epoch)
+        text = self.pruning.end_of_epoch(self.steps_before(epoch + 1) - 1) if self.pruning and self.position else None
+        if text is not None:
+            # Removed filters were cut out: the parameters are new ones.
+            self.run.log(text)
+            self._wrap()
         tested = evaluate(self.net, self.test_loader, self.device, on_batch=self._stop_while_testing)
         self.run.log(format_pass("Test", tested))
         if not math.isfinite(tested.loss):
@@ -204,22 +193,14 @@ class Trainer:
         self._log_bad_images()
         if self.thresholds:
             self.run.log(f"  **Filters** zero: {count_zero_filters(self.plan, kept)}")
-        row = dict(
-            epoch=epoch,
-            lr=learning_rate_at(epoch, vars(self.args)),
-            train_loss=trained.loss,
-            train_acc=trained.top1,
-            test_loss=tested.loss,
-            test_acc=tested.top1,
-            images_per_s=trained.images_per_s,
-            seconds=trained.seconds + tested.seconds,
-        )
-        self.history.append(row)
+        losses = dict(train_loss=trained.loss, train_acc=trained.top1, test_loss=tested.loss, test_acc=tested.top1)
+        times = dict(images_per_s=trained.images_per_s, seconds=trained.seconds + tested.seconds)
+        self.history.append(dict(epoch=epoch, lr=learning_rate_at(epoch, vars(self.args)), **losses, **times))
         self.epochs_done, self.position, self._means = epoch + 1, 0, None
         is_best = tested.top1 > self.best
         self.best = max(self.best, tested.top1)
         self._save(is_best=is_best)
-        self.run.append_metrics(row)
+        self.run.write_metrics(self.history)
 
     def _train_epoch(self, epoch: int) -> PassResult:
         """The training pass of an epoch, or what is left of it."""
@@ -230,63 +211,53 @@ class Trainer:
         means = self._means = RunningMeans(self.device, self._saved_means)
         self._saved_means = None
         net.train()
-        with EpochProgress(self.run, epoch, args.epochs, steps, args.print_freq, first) as progress:
-            for t, (images, labels) in enumerate(loader if first < steps else (), start=first):
-                self._set_learning_rate(epoch + t / steps)
+        of_all = dict(device=self.device, epoch=epoch, max_images=args.max_images_per_step)
+        of_all["normalise"] = loader.dataset.normalise
+        # A bar on a terminal; disable=None: nothing elsewhere.
+        options = dict(total=steps, initial=first, leave=False, disable=None if is_first() else True)
+        with tqdm(loader if first < steps else (), f"epoch {epoch + 1}/{args.epochs}", **options) as bar:
+            for t, (images, labels) in enumerate(bar, start=first):
+                for group in self.optimizer.param_groups:
+                    group["lr"] = learning_rate_at(epoch + t / steps, vars(args))
                 means.t = t
-                train_step(
-                    self.objective,
-                    net,
-                    images,
-                    labels,
-                    self.optimizer,
-                    means,
-                    device=self.device,
-                    normalise=loader.dataset.normalise,
-                    size=sizes[t],
-                    growth=sizes[t] / sizes[0],
-                    epoch=epoch,
-                    final=int(args.threshold_every == "step" or t == steps - 1),
-                    max_images=args.max_images_per_step,
-                    pruning=self.pruning,
-                    step=before + t,
-                    log=self.run.log,
-                )
-                self.position = t + 1
                 is_last = t + 1 == steps
-                is_due = args.save_every is not None and (t + 1) % args.save_every == 0 and not is_last
+                step = dict(size=sizes[t], growth=sizes[t] / sizes[0], before_update=partial(self._prune, before + t))
+                step["final"] = int(args.threshold_every == "step" or is_last)
+                train_step(self.objective, net, images, labels, self.optimizer, means, **step, **of_all)
+                self.position = t + 1
+                saves = args.save_every is not None and (t + 1) % args.save_every == 0 and not is_last
                 # After the last mini-batch the ranks average BatchNorm first; the test pass stops then.
                 signum = stop.pending()
-                stops = 0 if is_last else signum
-                if is_last or is_due or stops or progress.is_due(t):
-                    self._check_finite(t, means, thorough=bool(is_last or is_due or stops))
-                progress.on_step(t, sizes[t], means)
-                if is_due or stops:
+                stops = signum and not is_last
+                # Only then are the loss and the means read, which waits for the device.
+                logs = t % args.print_freq == 0 or is_last
+                if logs or saves or stops:
+                    self._check_finite(t, means, weights=bool(is_last or saves or stops))
+                if logs:
+                    now = means.read()
+                    bar.set_postfix(loss=f"{now.loss:.3f}", top1=f"{now.top1:.2f}")
+                    line = report.step_line(epoch, f"{t:03d}/{steps:03d}", sizes[t], now)
+                    self.run.log(line, show=bar.disable)
+                if saves or stops:
                     self._save(is_best=False)
                 if stops:
-                    raise Stopped(stops)
+                    raise Stopped(signum)
         if first < steps:
             average_batchnorm(net)
-            self._check_plan(epoch)
+            if self.thresholds:
+                try:
+                    check_plan(self.plan, self.kept(), self._zero_at_start)
+                except UserError as error:
+                    raise UserError(f"after epoch {epoch}: {error}; {self.last_good()}") from None
         result = means.read()
         if result.images_per_s == 0:
             raise UserError(f"not one training image could be read in epoch {epoch}; check the data path")
         return result
 
-    def _set_learning_rate(self, epoch: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(epoch, vars(self.args))
-
-    def _shrink(self, epoch: int) -> None:
-        """Cuts the filters that were removed for good out of the network, and wraps what is left of it anew."""
-        if self.pruning is None or self.position == 0:
-            return
-        text = self.pruning.end_of_epoch(self.steps_before(epoch + 1) - 1)
-        if text is not None:
+    def _prune(self, step: int) -> None:
+        """Before the update of a step of the whole run: gradual pruning removes the filters whose turn it is."""
+        if self.pruning and (text := self.pruning.before_step(step)):
             self.run.log(text)
-            # The old wrapper must go first: DistributedDataParallel removes its hooks from the parameters then.
-            self.objective = None
-            self.objective = wrap_objective(self._objective, self.net, self.device, self.acceleration, self.largest)
 
     def kept(self) -> dict[str, list[int]]:
         """{weight of a convolution: original indices of the filters it keeps}."""
@@ -294,12 +265,15 @@ class Trainer:
             return self.pruning.remaining
         return kept_filters(self.net, getattr(self.optimizer, "additives", None))
 
-    def _check_finite(self, t: int, means: RunningMeans, *, thorough: bool) -> None:
-        """Stops the run on all ranks where the loss or, if `thorough`, a weight is not finite. Waits for the device."""
+    def _check_finite(self, t: int, means: RunningMeans, *, weights: bool) -> None:
+        """Stops the run on all ranks where the loss or, if `weights`, a weight is not finite. Waits for the device.
+
+        Momentum that is not finite is in the weights after the same step.
+        """
         bad = int(means.first_bad)
         found = f"the loss of mini-batch {bad}" if bad >= 0 else None
-        if found is None and thorough:
-            found = first_not_finite(self._tensors())
+        if found is None and weights:
+            found = first_not_finite(nn.ModuleList([self.net, self.adapters or nn.ModuleList()]))
         findings = gather(found)
         if any(findings):
             number, found = next((r, text) for r, text in enumerate(findings) if text)
@@ -307,23 +281,6 @@ class Trainer:
             raise UserError(
                 f"{found}{where} is not finite by mini-batch {t} of epoch {self.epochs_done}; {self._remedy()}"
             )
-
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Everything that a checkpoint keeps and that must be finite, by name."""
-        yield from self.net.state_dict().items()
-        yield from (self.adapters.state_dict().items() if self.adapters is not None else ())
-        names = {p: name for name, p in self.net.named_parameters()}
-        for p, state in self.optimizer.state.items():
-            for key, value in state.items():
-                if isinstance(value, torch.Tensor):
-                    yield f"{key} of {names.get(p, 'an adapter')}", value
-
-    def _check_plan(self, epoch: int) -> None:
-        if self.thresholds:
-            try:
-                check_plan(self.plan, self.kept(), self._zero_at_start)
-            except UserError as error:
-                raise UserError(f"after epoch {epoch}: {error}; {self.last_good()}") from None
 
     def _remedy(self) -> str:
         rate = self.optimizer.param_groups[0]["lr"]
@@ -351,7 +308,8 @@ class Trainer:
 
         All ranks must call it together.
         """
-        random_states = gather(checkpoints.random_states())
+        random_states, several = gather(checkpoints.random_states()), world_size() > 1
+        buffers = gather({n: b.cpu() for n, b in self.net.named_buffers()}) if several and self.position else None
         return {
             "epoch": self.epochs_done,
             "arch": self.arch,
@@ -367,23 +325,15 @@ class Trainer:
             "cost": self.cost,
             "shapes": self.shapes,
             "random_states": random_states[0],
-            **({"random_states_of_ranks": random_states} if world_size() > 1 else {}),
+            **({"random_states_of_ranks": random_states} if several else {}),
             "loader": {"seed": self.train_loader.seed, "epoch": self.epochs_done, "position": self.position},
-            **self._state_within_epoch(),
+            # Within an epoch: the means so far, and each rank's BatchNorm statistics, averaged at the end of the epoch.
+            **({"running_means": self._means.state_dict()} if self.position else {}),
+            **({"batchnorm_of_ranks": buffers} if buffers else {}),
             # The student's weights stay deployable by themselves: what only training needs is kept apart.
             **({"adapters": self.adapters.state_dict()} if self.adapters is not None else {}),
             **({"pruning": self.pruning.state_dict()} if self.pruning is not None else {}),
         }
-
-    def _state_within_epoch(self) -> dict:
-        """What a checkpoint within an epoch holds besides: the means so far, and each rank's own BatchNorm statistics,
-        which are averaged at the end of the epoch."""
-        if not self.position:
-            return {}
-        state = {"running_means": self._means.state_dict()}
-        if world_size() > 1:
-            state["batchnorm_of_ranks"] = gather({name: buffer.cpu() for name, buffer in self.net.named_buffers()})
-        return state
 
     def restore(self, checkpoint: dict, path: str, *, continues: bool) -> None:
         """Takes weights and momentum from a checkpoint; a run that `continues` also epochs, metrics and random states.
@@ -433,11 +383,7 @@ class Trainer:
             if is_first() and (self.thresholds or self.pruning):
                 self.facts["small"] = report.write_small_network(self)
             results = report.write(self, curves=True)
-        if self.acceleration.compile:
-            self.run.log(f"compiled graphs: {compiled_graphs()}")
-        last, best, epoch = (
-            results[f"{name}"] for name in ("last_epoch_accuracy", "best_epoch_accuracy", "best_epoch")
-        )
+        last, best, epoch = (results[name] for name in ("last_epoch_accuracy", "best_epoch_accuracy", "best_epoch"))
         self.run.log(
             f"\nlast epoch {last:.2f} %, best epoch {best:.2f} % (epoch {epoch}); log, metrics.csv, curves.png, "
             f"results.json and checkpoints are in {self.run.path}"
@@ -446,10 +392,10 @@ class Trainer:
 
     def _log_epoch(self, epoch: int, seconds: float) -> None:
         """The release's line at the start of an epoch; seconds: of an epoch so far."""
-        need, best = format_seconds(seconds * (self.args.epochs - epoch)), max(self.best, 0)
-        now = time.strftime("%Y-%m-%d-%H:%M:%S")
+        need, best = round(seconds * (self.args.epochs - epoch)), max(self.best, 0)
         self.run.log(
-            f"\n==>>[{now}] [Epoch={epoch:03d}/{self.args.epochs:03d}] [Need: {need}] [learning_rate="
+            f"\n==>>[{time.strftime(report.TIME_FORMAT)}] [Epoch={epoch:03d}/{self.args.epochs:03d}] "
+            f"[Need: {need // 3600:02d}:{need // 60 % 60:02d}:{need % 60:02d}] [learning_rate="
             f"{learning_rate_at(epoch, vars(self.args)):6.4f}] [Best : Accuracy={best:.2f}, Error={100 - best:.2f}]"
         )
 
@@ -463,23 +409,19 @@ class Trainer:
             self.run.log(f"  **Skipped** {self.facts['images_skipped']} images of this run that cannot be read")
 
 
-def first_not_finite(tensors: Iterator[tuple[str, torch.Tensor]]) -> str | None:
-    """The first name whose tensor has an entry that is not finite. One wait for the device however many there are."""
-    names, values = [], []
-    for name, tensor in tensors:
-        if tensor.is_floating_point():
-            names.append(name)
-            values.append(torch.isfinite(tensor).all())
-    bad = torch.stack(values).logical_not().nonzero().flatten().tolist() if values else []
-    return names[bad[0]] if bad else None
+def first_not_finite(module: nn.Module) -> str | None:
+    """The first parameter or buffer with an entry that is not finite. One wait for the device however many there are."""
+    tensors = {name: value for name, value in module.state_dict().items() if value.is_floating_point()}
+    bad = torch.stack([value.isfinite().all() for value in tensors.values()]).logical_not().nonzero().flatten().tolist()
+    return list(tensors)[bad[0]].partition(".")[2] if bad else None
 
 
 def check_same_on_all_ranks(kept: dict[str, list[int]], epoch: int) -> None:
     """Raises UserError on every rank when the ranks keep different filters; they choose them without communication."""
-    digests = gather(hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16])
-    other = next((r for r, digest in enumerate(digests) if digest != digests[0]), None)
+    others = gather(kept)
+    other = next((r for r, filters in enumerate(others) if filters != others[0]), None)
     if other is not None:
         raise UserError(
-            f"after epoch {epoch} ranks 0 and {other} keep different filters ({digests[0]} and {digests[other]}): "
-            "their weights differ; resume the last checkpoint, and look for a machine that computes wrongly"
+            f"after epoch {epoch} ranks 0 and {other} keep different filters: their weights differ; resume the last "
+            "checkpoint, and look for a machine that computes wrongly"
         )
