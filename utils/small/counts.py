@@ -1,7 +1,7 @@
 """What a network costs: parameters and multiply-adds; and the papers' formula.
 
-Multiply-adds are those of convolutions and linear layers, integers of the real network, for one image. BatchNorm,
-activations, pooling and additions are not counted, as in the papers.
+Multiply-adds are those of convolutions, linear layers and other products of matrices (attention), integers of the real
+network, for one image. BatchNorm, activations, pooling and additions are not counted, as in the papers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Counts(NamedTuple):
-    """Of one network and one image: all its parameters; multiply-adds of convolutions and linear layers."""
+    """Of one network and one image: all its parameters; its multiply-adds."""
 
     parameters: int
     multiply_adds: int
