@@ -48,7 +48,7 @@ def load_checkpoint(path: str | os.PathLike, arch: str | None = None) -> dict:
     Raises:
         UserError: the file is missing or damaged, does not name its network, or is of a network with other layers.
     """
-    checkpoint = convert_public(checkpoints.read(path))
+    checkpoint = convert_public(checkpoints.read(path), path)
     arch = checkpoint.get("arch") or arch
     if arch is None:
         raise UserError(f"'{path}' does not name its network; use --arch with one of {', '.join(REGISTRY)}")

@@ -12,22 +12,32 @@ import re
 from torch import Tensor
 
 from models.resnet_cifar import STAGE_WIDTHS
+from utils.base.errors import UserError
 
 # Mean and std of the images (in 0..1) that these networks were trained on: those of ImageNet.
 NORMALISATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 OUTER_NAMES = {"conv1": "conv_1_3x3", "bn1": "bn_1", "linear": "classifier"}
 
 
-def convert_public(checkpoint: dict) -> dict:
+def convert_public(checkpoint: dict, path: object = "the file") -> dict:
     """A public CIFAR ResNet's checkpoint with this project's names, "arch" and "normalisation"; any other as it is.
 
     Args:
         checkpoint: of utils.base.checkpoint.read.
+
+    Raises:
+        UserError: a CIFAR ResNet of another kind; the line names the first weight that differs.
     """
     weights = checkpoint["state_dict"]
-    is_public = "layer3.0.conv1.weight" in weights and all(_is_public(name, value) for name, value in weights.items())
-    if "format" in checkpoint or not is_public:
+    is_cifar = "layer3.0.conv1.weight" in weights and "layer4.0.conv1.weight" not in weights
+    if "format" in checkpoint or not is_cifar:
         return checkpoint
+    other = next((name for name, value in weights.items() if not _is_public(name, value)), None)
+    if other is not None:
+        expected = "conv1, bn1, layer1 to layer3 of 16, 32, 64 channels without shortcut weights, and linear are read"
+        raise UserError(
+            f"'{path}' is a CIFAR ResNet of another kind: it has '{other}', while {expected}; use another file"
+        )
     blocks = sum(re.fullmatch(r"layer1\.\d+\.conv1\.weight", name) is not None for name in weights)
     return {"arch": f"resnet{6 * blocks + 2}", "state_dict": convert_weights(weights), "normalisation": NORMALISATION}
 

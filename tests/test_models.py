@@ -289,13 +289,18 @@ def check_public(path, arch):
 
 @pytest.mark.parametrize(("arch", "blocks"), [("resnet8", 1), ("resnet20", 3)])
 def test_public_resnet_is_the_naive_one(tmp_path, arch, blocks):
-    """And one of other widths, or of this project, is not taken for it."""
+    """And one of this project is not taken for it."""
     weights = {f"module.{name}": value for name, value in public_weights(blocks).items()}
     check_public(saved(tmp_path / "public.th", {"state_dict": weights, "best_prec1": 91.0}, legacy=True), arch)
-    wide = saved(tmp_path / "wide.th", weights | {"module.layer1.0.conv1.weight": torch.ones(64, 16, 3, 3)})
     checkpoints.write({"state_dict": public_weights(1)}, tmp_path / "own.pth.tar")
-    for path in (wide, tmp_path / "own.pth.tar"):
-        assert "conv1.weight" in models.load_checkpoint(path, "resnet8")["state_dict"]
+    assert "conv1.weight" in models.load_checkpoint(tmp_path / "own.pth.tar", "resnet8")["state_dict"]
+
+
+@pytest.mark.parametrize("name", ["layer2.0.shortcut.0.weight", "fc.weight", "layer1.0.conv1.weight"])
+def test_cifar_resnets_of_another_kind_are_refused_by_what_differs(tmp_path, name):
+    path = saved(tmp_path / "other.th", public_weights(1) | {name: torch.ones(64, 16, 1, 1)})
+    with pytest.raises(UserError, match=f"another kind: it has '{name}'"):
+        models.load(path, "resnet8")
 
 
 @pytest.mark.parametrize("path", PRETRAINED or [None], ids=lambda path: path and path.name)
