@@ -27,8 +27,8 @@ __all__ = ["AHSG_HT", "SCORES", "following_additives", "hard_threshold", "kept_c
 Layers = list[tuple[Tensor, list[Tensor], int]]
 CPU_BLOCK_ENTRIES = 65_536  # with gradient, momentum buffer and x_{t-1} about 1 MiB
 CHOICES = {"heavy_ball": ("paper", "released"), "unit": ("filter", "element")}
-# What ranks filters, by the option `norm`: takes a weight (C_out, C_in, kh, kw), gives scores (C_out,), the largest stay.
-# Over dimensions, because flattening a channels_last weight would copy it.
+# What ranks filters, by the option `norm`: takes a weight (C_out, C_in, kh, kw), gives scores (C_out,), the largest
+# stay. Over dimensions, because flattening a channels_last weight would copy it.
 SCORES: dict[int | str, Callable[[Tensor], Tensor]] = {
     2: lambda weight: torch.linalg.vector_norm(weight, 2, dim=(1, 2, 3)),
     1: lambda weight: torch.linalg.vector_norm(weight, 1, dim=(1, 2, 3)),

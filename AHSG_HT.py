@@ -1,4 +1,6 @@
-"""Lets `from AHSG_HT import AHSG_HT` work: Python cannot import a file name with a hyphen, so this module becomes AHSG-HT.py."""
+"""Lets `from AHSG_HT import AHSG_HT` work: Python cannot import a file name with a hyphen, so this module becomes
+AHSG-HT.py.
+"""
 
 import importlib.util
 import sys

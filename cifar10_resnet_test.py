@@ -81,19 +81,21 @@ def load_images(args: argparse.Namespace, device: torch.device) -> data.Data:
 
 
 def build_network(args: argparse.Namespace, images: data.Data, checkpoint: dict | None) -> nn.Module:
-    """The network that is trained; with a checkpoint one of its shapes, which may be narrower than the network of its name."""
+    """The network that is trained; with a checkpoint one of its shapes, which may be narrower than the network of its
+    name.
+    """
     classes = len(images.classes)
     if checkpoint is None and args.widths_of:
-        return models.build_with_widths(args.widths_of, args.student, classes)
-    if checkpoint is None:
+        net = models.build_with_widths(args.widths_of, args.student, classes)
+    elif checkpoint is None:
         options = {"head_width": args.head_width} if args.head_width else {}
-        return models.build(args.student, num_classes=classes, **options)
-    net = models.build_like(checkpoint, args.student, args.resume)
+        net = models.build(args.student, num_classes=classes, **options)
+    else:
+        net = models.build_like(checkpoint, args.student, args.resume)
     if net.num_classes != classes:
-        raise UserError(
-            f"'{args.resume}' has {net.num_classes} classes, the data has {classes}; "
-            "choose the --dataset it was trained on"
-        )
+        found = f"'{args.resume}' has {net.num_classes} classes, the data has {classes}"
+        raise UserError(f"{found}; choose the --dataset it was trained on")
+    setup.check_input(net, images, args.student)
     return net
 
 
@@ -109,10 +111,8 @@ def main(argv: list[str] | None = None) -> Path | None:
 
         # Data.
         images = first_on_machine(lambda: load_images(args, device))
-        network_facts = {
-            "input_shape": list(images.train.image_shape),
-            **setup.use_normalisation(images, start.checkpoint),
-        }
+        usual = setup.use_normalisation(images, start)
+        network_facts = {"input_shape": list(images.train.image_shape), "normalisation": images.normalisation}
 
         # Networks and teacher.
         net = on_all(lambda: build_network(args, images, start.checkpoint))
@@ -121,12 +121,12 @@ def main(argv: list[str] | None = None) -> Path | None:
             return setup.test_only(net, images, args, device, start, args.resume)
         train_loader = on_all(lambda: setup.build_train_loader(images, args, device))
         test_loader = setup.build_test_loader(images, args, device)
-        objective, facts = setup.build_objective(teacher, net, images, test_loader, args)
+        objective, facts = setup.build_objective(teacher, net, images, test_loader, args, usual)
         facts |= {"widths_from": describe_source(args.widths_of)} if args.widths_of else {}
 
         # Optimizer.
         example = data.first_images(images.test, 2).to(device)
-        optimizer = setup.build_optimizer(net, getattr(objective, "adapters", None), args, example)
+        optimizer = setup.build_optimizer(net, getattr(objective, "adapters", None), args, example, start)
 
         # Train, then cut out the small network.
         trainer = Trainer(

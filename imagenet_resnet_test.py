@@ -19,7 +19,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch
 from torch import nn
 
 import data
@@ -85,20 +84,17 @@ def load_images(args: argparse.Namespace) -> data.Data:
 
 
 def build_network(args: argparse.Namespace, images: data.Data, checkpoint: dict | None) -> nn.Module:
-    """The network that is trained; with a checkpoint one of its shapes, which may be narrower than the network of its name."""
+    """The network that is trained; with a checkpoint one of its shapes, which may be narrower than the network of its
+    name.
+    """
     if checkpoint is None:
         net = models.build_torchvision(args.student, len(images.classes))
     else:
         net = models.build_like({"library": "torchvision", **checkpoint}, args.student, args.resume)
-    size = f"{args.image_size}x{args.image_size}"
-    try:
-        with torch.no_grad():
-            classes = net.eval()(torch.zeros(2, 3, args.image_size, args.image_size)).shape[1]
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(f"{args.student} does not take images of {size} ({error}); use another --image_size") from None
-    if classes != len(images.classes):
-        found = f"'{args.resume}' has {classes} classes, the data has {len(images.classes)}"
+    if net.num_classes != len(images.classes):
+        found = f"'{args.resume}' has {net.num_classes} classes, the data has {len(images.classes)}"
         raise UserError(f"{found}; name the data it was trained on")
+    setup.check_input(net, images, args.student)
     return net
 
 
@@ -124,6 +120,7 @@ def main(argv: list[str] | None = None) -> Path | None:
 
         # Data.
         images = first_on_machine(lambda: load_images(args))
+        usual = setup.use_normalisation(images, start)
 
         # Networks and teacher.
         net = on_all(lambda: build_network(args, images, start.checkpoint))
@@ -133,13 +130,14 @@ def main(argv: list[str] | None = None) -> Path | None:
             return setup.test_only(net, images, args, device, start, args.resume or source)
         train_loader = on_all(lambda: setup.build_train_loader(images, args, device))
         test_loader = setup.build_test_loader(images, args, device)
-        objective, facts = setup.build_objective(teacher, net, images, test_loader, args)
+        objective, facts = setup.build_objective(teacher, net, images, test_loader, args, usual)
         facts |= {"pretrained": source} if source else {}
-        network_facts = {"library": "torchvision", "input_shape": [3, args.image_size, args.image_size]}
+        network_facts = {"library": "torchvision", "input_shape": list(images.train.image_shape)}
+        network_facts["normalisation"] = images.normalisation
 
         # Optimizer.
         example = data.first_images(images.test, 2).to(device)
-        optimizer = setup.build_optimizer(net, getattr(objective, "adapters", None), args, example)
+        optimizer = setup.build_optimizer(net, getattr(objective, "adapters", None), args, example, start)
 
         # Train, then cut out the small network.
         trainer = Trainer(

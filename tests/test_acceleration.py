@@ -223,7 +223,9 @@ def test_a_growing_mini_batch_compiles_once_with_a_teacher(graphs, traced_only):
 
 @needs_compiler
 def test_compiled_steps_are_those_of_the_eager_network(graphs):
-    """Losses, weights and BatchNorm statistics over a growing schedule, with a short last mini-batch and one of a single image."""
+    """Losses, weights and BatchNorm statistics over a growing schedule, with a short last mini-batch and one of a
+    single image.
+    """
     net, other = tiny_network(), tiny_network()
     compiled = train_on(net, accelerate(net, cross_entropy, CPU, Acceleration(compile=True), 32))
     assert graphs() == 1

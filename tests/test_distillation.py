@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import nn
 
+import cifar10_resnet_test as script
+import data
 import models
 from models.resnet_cifar import CifarResNet
 from utils.base.errors import UserError
 from utils.train.distillation import Distillation, prepare_teacher
 from utils.train.features import with_features
 from utils.train.losses import parse_term
+from utils.train.setup import build_objective
 
 
 class TwoStages(nn.Module):
@@ -72,6 +75,20 @@ def test_a_teacher_sees_images_in_its_own_normalisation():
     expected = teacher((pixels - 0.1) / 0.2)
     objective = Distillation(models.renormalise(teacher, own, fed), student, IMAGES, [parse_term("logits:MSE")])
     torch.testing.assert_close(objective.teacher_features((pixels - 0.4) / 0.5)["logits"][0], expected)
+
+
+def test_a_teacher_that_names_no_normalisation_has_that_of_the_data_set(tree, teacher, capsys):
+    """Also where the student starts from a network with another one."""
+    images = data.load("cifar10", tree)
+    usual = images.normalisation
+    images.normalise_as([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    net, checkpoint = models.load(teacher), models.load_checkpoint(teacher)
+    args = script.parse_args(["--teacher", str(teacher)])
+    args.teacher_arch, args.teacher_sha256 = "resnet8", ""
+    _, facts = build_objective(
+        (net, checkpoint), models.build("resnet8"), images, data.DataLoader(images.test, 10), args, usual
+    )
+    assert facts["teacher"]["accuracy"] == 100, "it knows these images, normalised as in its training"
 
 
 def with_statistics(net):

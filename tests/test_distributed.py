@@ -216,8 +216,8 @@ def test_every_rank_takes_its_share_in_as_many_parts(monkeypatch, size, expected
 
 
 class Shares:
-    """The naive version of several ranks with BatchNorm, in one process: the shares of a mini-batch go through the network
-    one after the other, each with its own statistics; copies keep running statistics."""
+    """The naive version of several ranks with BatchNorm, in one process: the shares of a mini-batch go through the
+    network one after the other, each with its own statistics; copies keep running statistics."""
 
     def __init__(self, net):
         self.nets = [net, *(InDouble().train() for _ in range(RANKS - 1))]

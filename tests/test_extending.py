@@ -1,4 +1,6 @@
-"""What the README's "Extending" says, done with toys: a network, a data set of other images, a loss, a ranking of filters."""
+"""What the README's "Extending" says, done with toys: a network, a data set of other images, a loss, a ranking of
+filters.
+"""
 
 import json
 

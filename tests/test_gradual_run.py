@@ -83,6 +83,38 @@ def test_other_options_end_with_an_equal_small_network(train, teacher, flags):
     assert small["largest_logit_difference"] < 1e-3
 
 
+def test_fine_tuning_a_cut_network_counts_in_the_unpruned_one(train, whole):
+    file, first = whole / NAME, json.loads((whole / "results.json").read_text())
+    tuned = train("--recipe", "finetune", "--resume", file, "--epochs", 1, "--v", 0, "--batch_size", 16, "--k", 24)
+    results = json.loads((tuned / "results.json").read_text())
+    assert (results["network"], results["filters"]) == (first["network"], first["filters"])
+    assert results["optimizer"] == "SGD"
+
+
+def test_a_network_in_training_is_compiled_after_every_cut(monkeypatch):
+    """torch.compile gives up on a function after a few compilations, eight by default."""
+    from types import SimpleNamespace
+
+    from utils.train.trainer import Trainer
+
+    compiled = []
+    net = torch.nn.Linear(4, 4)
+
+    def backend(graph, inputs):
+        compiled.append(1)
+        return graph.forward
+
+    run = SimpleNamespace(acceleration=SimpleNamespace(compile=True), net=net, device=None, _largest=8, _objective=None)
+    monkeypatch.setattr(
+        "utils.train.trainer.wrap_objective",
+        lambda *rest: torch.compile(torch.nn.Linear(4, 4).forward, backend=backend),
+    )
+    for _ in range(12):
+        Trainer._wrap(run)
+        run.objective(torch.zeros(2, 4))
+    assert len(compiled) == 12
+
+
 def test_it_starts_from_a_trained_network(train, teacher):
     folder = train(*GRADUAL[:-1], 1, "--HTrate", 0.7, "--resume", teacher)
     settings = json.loads((folder / "results.json").read_text())["settings"]

@@ -12,6 +12,7 @@ import models
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError, run_main
 from utils.train.optimizer_state import restore_optimizer
+from utils.train.resume import Start
 from utils.train.setup import build_optimizer
 
 NAME = "checkpoint.resnet8.pth.tar"
@@ -156,7 +157,7 @@ def test_released_momentum_and_prev_data_become_the_optimizers_state(train, tmp_
     torch.save(old, tmp_path / "released.pth.tar")
     net = models.build("resnet8").to(memory_format=torch.channels_last)
     args = script.parse_args(["--k", "24", "--batch_size", "16"])
-    optimizer = build_optimizer(net, None, args, torch.zeros(2, 3, 32, 32))
+    optimizer = build_optimizer(net, None, args, torch.zeros(2, 3, 32, 32), Start(None))
     restore_optimizer(optimizer, checkpoints.read(tmp_path / "released.pth.tar")["optimizer"], "file")
     for value in optimizer.state[net.stage_3[0].conv_b.weight].values():
         assert value.is_contiguous(memory_format=torch.channels_last)

@@ -127,7 +127,9 @@ def test_thresholding_once_per_epoch_and_not_at_all(train, flags, optimizer, kep
 
 
 def test_evaluate_prints_the_accuracy_and_writes_nothing(train, tree, capsys, tmp_path, monkeypatch):
-    """--recalibrate: plain means over the same mini-batches of their mean and unbiased variance at the first BatchNorm."""
+    """--recalibrate: plain means over the same mini-batches of their mean and unbiased variance at the first
+    BatchNorm.
+    """
     folder = train("--epochs", 1, "--save_path", "out")
     before = sorted(tmp_path.rglob("*"))
     assert train("--evaluate", "--resume", folder / NAME, "--batch_size", 1000) is None

@@ -77,8 +77,8 @@ def rate_for(plan: Plan, cut: float, round_to: int = 1) -> float:
 def out_of_reach(plan: Plan, cut: float, least: Tensor) -> UserError:
     reachable = math.floor(1000 * (1 - plan.multiply_adds(least) / plan.multiply_adds(plan.full))) / 1000
     return UserError(
-        f"{100 * cut:.1f} % fewer multiply-adds are out of reach: with {100 * FLOOR:.0f} % of the filters left in every layer this "
-        f"network has {100 * reachable:.1f} % fewer; use a smaller --macs_cut"
+        f"{100 * cut:.1f} % fewer multiply-adds are out of reach: with {100 * FLOOR:.0f} % of the filters left in "
+        f"every layer this network has {100 * reachable:.1f} % fewer; use a smaller --macs_cut"
     )
 
 

@@ -201,7 +201,9 @@ class GradualPruning:
 
     @property
     def remaining(self) -> dict[str, list[int]]:
-        """{name of a convolution's weight: its filters that are not removed, by their indices in the unpruned network}."""
+        """{name of a convolution's weight: its filters that are not removed, by their indices in the unpruned
+        network}.
+        """
         layers = [layer for layer in self.plan.layers if layer.kind in CONVOLUTIONS]
         return {f"{layer.name}.weight": self.alive[layer.unit].nonzero().flatten().tolist() for layer in layers}
 

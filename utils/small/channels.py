@@ -6,9 +6,9 @@
 
 Every channel of every value in the graph belongs to a class, named by its root. Operations that treat channels one by
 one (BatchNorm, ReLU, pooling, addition) put the channels of their operands and of their result into one class; a class
-is kept or removed as one. A class is needed when a convolution or linear layer that is itself needed reads a channel of it
-that is not zero for every input, through a weight that is not zero; or when an operation without a rule touches it.
-Needs spread from the outputs back until nothing changes; all other classes can be cut out exactly. The rules of the
+is kept or removed as one. A class is needed when a convolution or linear layer that is itself needed reads a channel
+of it that is not zero for every input, through a weight that is not zero; or when an operation without a rule touches
+it. Needs spread from the outputs back until nothing changes; all other classes can be cut out exactly. The rules of the
 single operations are in utils.small.rules.
 """
 

@@ -3,9 +3,9 @@
     small, report = make_small(net, example_input)
 
 An exact rewrite: same Python, same state-dict names, narrower layers; dense, nothing is gathered or scattered at run
-time. Channels are removed wherever utils.small.channels proves that they are not needed, in the residual stream too. With
-option-A shortcuts the kept channels of a stage are ordered so that those that arrive from the stage before come first,
-and the shortcut stays a plain zero-pad.
+time. Channels are removed wherever utils.small.channels proves that they are not needed, in the residual stream too.
+With option-A shortcuts the kept channels of a stage are ordered so that those that arrive from the stage before come
+first, and the shortcut stays a plain zero-pad.
 """
 
 from __future__ import annotations

@@ -44,8 +44,7 @@ def write_small(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (name or f"small.{arch}.pth.tar")
-    first = checkpoint.get("kept", {})
-    kept = {name: [first[name][i] for i in at] if name in first else at for name, at in report.kept.items()}
+    kept = renumber(report.kept, checkpoint.get("kept", {}))
     entries = {key: checkpoint[key] for key in INHERITED if key in checkpoint}
     if "state_dict" in checkpoint and models.is_torchvisions(checkpoint, arch):
         entries["library"] = "torchvision"
@@ -61,6 +60,11 @@ def write_small(
         "images_compared": report.images,
         "kept_whole": report.kept_whole,
     }
+
+
+def renumber(kept: dict[str, list[int]], first: dict[str, list[int]]) -> dict[str, list[int]]:
+    """{layer: indices} of a network's filters, by their numbers in the network that it was cut from (`first`)."""
+    return {name: [first[name][i] for i in at] if name in first else at for name, at in kept.items()}
 
 
 def small_table(arch: str, facts: dict, report: Report) -> str:

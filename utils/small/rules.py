@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Layers whose weights are narrowed with their channels.
 NARROWED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NARROWED += (nn.SyncBatchNorm,)
 
 
 @dataclass
@@ -299,7 +300,7 @@ ACTIVATIONS = (
 # (rule, where its operations are defined, their names). Those of Tensor are methods; an underscore more works in place.
 OPERATIONS = (
     (_reader, nn, "Conv1d Conv2d Conv3d Linear"),
-    (_batch_norm, nn, "BatchNorm1d BatchNorm2d BatchNorm3d"),
+    (_batch_norm, nn, "BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm"),
     (_same, nn, "Identity Dropout Dropout1d Dropout2d Dropout3d AlphaDropout MaxPool1d MaxPool2d MaxPool3d"),
     (_same, nn, "AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d"),
     (_same, nn, "AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d"),

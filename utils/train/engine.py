@@ -137,6 +137,8 @@ def add_gradients(
     largest = -(-size // world_size()) if world_size() > 1 else len(labels)
     parts = max(1, -(-largest // max_images)) if max_images else 1
     for part, (x, y) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)):
+        if not len(y) and world_size() == 1:
+            continue  # no image of it could be read
         # The ranks exchange the gradients accumulated over the parts, once.
         held_back = part < parts - 1 and hasattr(objective, "no_sync")
         with objective.no_sync() if held_back else nullcontext():

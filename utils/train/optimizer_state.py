@@ -41,6 +41,17 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str) 
                 state[name] = torch.empty_like(p, requires_grad=False).copy_(value)
 
 
+def without_adapters(saved: dict, net: torch.nn.Module) -> dict:
+    """A saved optimizer less what it holds beyond the parameters of a network: the adapters of a distilled run."""
+    left, groups = len(list(net.parameters())), []
+    for group in saved.get("param_groups", []):
+        params = group.get("params", [])[:left]
+        left -= len(params)
+        groups += [{**group, "params": params}] if params else []
+    known = {key for group in groups for key in group["params"]}
+    return {**saved, "param_groups": groups, "state": {k: v for k, v in saved.get("state", {}).items() if k in known}}
+
+
 def _prev_data_in_state(saved: dict) -> dict:
     """AHSG-HT's release kept prev_data as a list in each parameter group; here it is per-parameter state."""
     groups, state = [], {key: dict(value) for key, value in saved.get("state", {}).items() if isinstance(value, dict)}

@@ -38,10 +38,10 @@ def log_settings(trainer) -> None:
     log(f"device: {trainer.device}, {threads} CPU threads; optimizer: {optimizer}")
     log(str(trainer.acceleration))
     if world_size() > 1:
+        backend = torch.distributed.get_backend()
         log(
-            f"processes: {world_size()}, {local_world_size()} on this machine, {torch.distributed.get_backend()}; sizes "
-            "of mini-batches are over all of them; BatchNorm's statistics are over "
-            f"{'all' if args.sync_bn else 'the share of each'}"
+            f"processes: {world_size()}, {local_world_size()} on this machine, {backend}; sizes of mini-batches are "
+            f"over all of them; BatchNorm's statistics are over {'all' if args.sync_bn else 'the share of each'}"
         )
     for name, value in trainer.facts.get("teacher", {}).items():
         log(f"teacher {name}: {value}")
@@ -149,7 +149,7 @@ def write_small_network(trainer) -> dict:
     images = data.first_images(trainer.images.test, max(16, COMPARED * 32 * 32 // pixels)).cpu().contiguous()
     masked = plain_batchnorm(copy.deepcopy(trainer.net)).cpu().eval()
     entries = {"dataset": trainer.args.dataset, "state_dict": masked.state_dict(), **trainer.network_facts}
-    entries["kept"] = trainer.pruning.kept if trainer.pruning else {}
+    entries["kept"] = trainer.present()
     try:
         small, report = make_small(masked, images[:1], images)
         shape = tuple(images.shape[1:])

@@ -166,7 +166,9 @@ def _check_position(args: argparse.Namespace, checkpoint: dict) -> None:
 def changed_settings(args: argparse.Namespace, checkpoint: dict) -> list[str]:
     """Settings of one run that differ from those a checkpoint was written with, "learning_rate 0.01 -> 0.1"."""
     saved = checkpoint["settings"]
-    return [f"{n} {saved[n]} -> {getattr(args, n)}" for n in SAME_RUN if n in saved and saved[n] != getattr(args, n)]
+    # Cosine and gradual pruning are schedules over the whole run.
+    names = [*SAME_RUN, "epochs"] if "cosine" in (args.lr_schedule, saved.get("lr_schedule")) else SAME_RUN
+    return [f"{n} {saved[n]} -> {getattr(args, n)}" for n in names if n in saved and saved[n] != getattr(args, n)]
 
 
 def _find_run(args: argparse.Namespace, notes: list[str]) -> tuple[Path, dict, int] | None:

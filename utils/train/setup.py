@@ -67,9 +67,17 @@ def load_teacher(args: argparse.Namespace, script: str) -> tuple[nn.Module, dict
 
 
 def build_objective(
-    teacher: tuple[nn.Module, dict] | None, net: nn.Module, images: data.Data, test_loader, args: argparse.Namespace
+    teacher: tuple[nn.Module, dict] | None,
+    net: nn.Module,
+    images: data.Data,
+    test_loader,
+    args: argparse.Namespace,
+    usual: dict,
 ):
     """Cross-entropy, or with a teacher distillation; and what results.json records of the teacher.
+
+    Args:
+        usual: the data set's own normalisation, that of a teacher whose checkpoint names none.
 
     Raises:
         UserError: a teacher of other classes, or one that is no better than chance.
@@ -78,7 +86,7 @@ def build_objective(
         return cross_entropy, {}
     teacher, checkpoint = teacher
     device, classes = next(net.parameters()).device, len(images.classes)
-    models.renormalise(teacher, checkpoint.get("normalisation"), images.normalisation)
+    models.renormalise(teacher, checkpoint.get("normalisation", usual), images.normalisation)
     teacher.to(device, memory_format=torch.channels_last).eval()
     sample = data.first_images(images.test, 2).to(device)
     with torch.no_grad():
@@ -117,10 +125,13 @@ def wrap_objective(objective, net: nn.Module, device: torch.device, how: Acceler
     return ParallelObjective(net, objective, device) if world_size() > 1 else objective
 
 
-def build_optimizer(net: nn.Module, adapters: nn.Module | None, args: argparse.Namespace, example: Tensor):
+def build_optimizer(
+    net: nn.Module, adapters: nn.Module | None, args: argparse.Namespace, example: Tensor, start: Start
+):
     """Plain SGD where HTrate is 1, v is 0 and nothing is pruned, otherwise AHSG_HT. Adapters are never thresholded.
 
     Args:
+        start: removed filters that its checkpoint names stay removed, which plain SGD cannot do.
         example: a mini-batch (2, C, H, W) on the network's device, to trace it with.
 
     Raises:
@@ -130,10 +141,12 @@ def build_optimizer(net: nn.Module, adapters: nn.Module | None, args: argparse.N
     common = dict(lr=args.learning_rate, momentum=args.momentum, weight_decay=args.decay)
     common["nesterov"] = args.nesterov and args.momentum > 0
     gradual = args.recipe == "prune_gradual"
-    plain = args.HTrate == 1 and args.v == 0 and not gradual
+    states = ((start.checkpoint or {}).get("optimizer") or {}).get("state", {}).values()
+    has_removed = any(isinstance(state, dict) and "kept" in state for state in states)
+    plain = args.HTrate == 1 and args.v == 0 and not gradual and not has_removed
     # A convolution that makes the logits keeps all of its filters, which are the classes; adapters are not thresholded.
     head = net.get_submodule(last_layer(net))
-    whole = list(head.parameters()) if isinstance(head, nn.Conv2d) and not plain else []
+    whole = list(head.parameters()) if isinstance(head, nn.Conv2d) else []
     groups[0]["params"] = [p for p in net.parameters() if not any(p is q for q in whole)]
     whole += adapters.parameters() if adapters is not None else []
     if whole:
@@ -213,15 +226,30 @@ def prepare_process(args: argparse.Namespace) -> None:
     stop.reduce = Agreement() if world_size() > 1 else None
 
 
-def use_normalisation(images: data.Data, checkpoint: dict | None) -> dict:
-    """Normalises the images as the network of a checkpoint was trained with; what checkpoints of the run keep of it."""
-    normalisation = (checkpoint or {}).get("normalisation")
-    if not normalisation:
-        return {}
-    images.normalise_as(**normalisation)
-    if is_first():
-        print(f"images are normalised as those the checkpoint was trained on: {normalisation}", flush=True)
-    return {"normalisation": normalisation}
+def use_normalisation(images: data.Data, start: Start) -> dict:
+    """Normalises the images as the network of the start's checkpoint was trained with; the data set's own otherwise."""
+    usual, wanted = images.normalisation, (start.checkpoint or {}).get("normalisation")
+    if wanted and wanted != usual:
+        images.normalise_as(**wanted)
+        start.notes.append(f"images are normalised as those of the checkpoint: {wanted}")
+    return usual
+
+
+def check_input(net: nn.Module, images: data.Data, arch: str) -> None:
+    """Raises UserError where a network does not take the images, or has another number of outputs than classes."""
+    _, height, width = images.train.image_shape
+    remedy = "use another --image_size, or a resnet, which takes any"
+    was_training = net.training
+    try:
+        with torch.no_grad():
+            outputs = net.eval()(torch.zeros(2, *images.train.image_shape)).shape[1]
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(f"{arch} does not take images of {height}x{width} ({error}); {remedy}") from None
+    net.train(was_training)
+    if outputs != len(images.classes):
+        raise UserError(
+            f"{arch} has {outputs} outputs, the data has {len(images.classes)} classes; choose its data set"
+        )
 
 
 def place_network(net: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:

@@ -21,6 +21,7 @@ from utils.base.errors import UserError
 from utils.base.signals import Stopped, stop
 from utils.prune.gradual import GradualPruning
 from utils.small.filters import check_plan, count_zero_filters, kept_filters, make_plan
+from utils.small.output import renumber
 from utils.train import report
 from utils.train.acceleration import choose_acceleration
 from utils.train.distributed import (
@@ -35,7 +36,7 @@ from utils.train.distributed import (
     world_size,
 )
 from utils.train.engine import PassResult, RunningMeans, evaluate, format_pass, gather_bad_images, train_step
-from utils.train.optimizer_state import restore_optimizer
+from utils.train.optimizer_state import restore_optimizer, without_adapters
 from utils.train.recipes import learning_rate_at
 from utils.train.resume import Start, resume_command
 from utils.train.run_folder import RunFolder
@@ -94,15 +95,19 @@ class Trainer:
         self._means: RunningMeans | None = None
         self._saved_means: dict | None = None
         self._saved: tuple[str, int, int] | None = None
-        self._zero_at_start: dict[str, list[int]] | None = None
+        self._kept_at_start: dict[str, list[int]] | None = None
         self._objective, self.adapters = objective, getattr(objective, "adapters", None)
         self.acceleration = choose_acceleration(args, device)
         largest = max(max(train_loader.sizes(epoch)) for epoch in (0, args.epochs - 1))
         self._largest = min(-(-largest // world_size()), args.max_images_per_step or largest)
         self.example = data.first_images(images.test, 2).cpu()[:1]
         saved = start.checkpoint if start.continues and "settings" in start.checkpoint else {}
-        self.cost = saved.get("cost") or report.count_network(net, self.example)
-        self.shapes = saved.get("shapes") or {n: list(p.shape) for n, p in net.named_parameters() if p.dim() == 4}
+        # Of the unpruned network, also where the run starts from one that has been cut already.
+        first = start.checkpoint or {}
+        self.cost = first.get("cost") or report.count_network(net, self.example)
+        self.shapes = first.get("shapes") or {n: list(p.shape) for n, p in net.named_parameters() if p.dim() == 4}
+        # Numbers of the network's filters in the unpruned one, where it begins cut.
+        self.numbering = saved.get("numbering", {}) if saved else {} if first.get("small") else first.get("kept", {})
         self.plan = make_plan(net, optimizer)
         self.thresholds = isinstance(optimizer, AHSG_HT) and any(layer.removed for layer in self.plan)
         # Before weights are restored: DistributedDataParallel gives every rank the BatchNorm statistics of the first.
@@ -123,6 +128,8 @@ class Trainer:
         """Makes the objective that is called in training, of the network as it is now."""
         # The old wrapper must go first: DistributedDataParallel removes its hooks from the parameters then.
         self.objective = None
+        if self.acceleration.compile:
+            torch._dynamo.reset()  # it compiles one function a limited number of times, here once after every cut
         self.objective = wrap_objective(self._objective, self.net, self.device, self.acceleration, self._largest)
 
     def steps_before(self, epoch: int) -> int:
@@ -246,7 +253,7 @@ class Trainer:
             average_batchnorm(net)
             if self.thresholds:
                 try:
-                    check_plan(self.plan, self.kept(), self._zero_at_start)
+                    check_plan(self.plan, self.kept(), self._kept_at_start)
                 except UserError as error:
                     raise UserError(f"after epoch {epoch}: {error}; {self.last_good()}") from None
         result = means.read()
@@ -262,8 +269,12 @@ class Trainer:
     def kept(self) -> dict[str, list[int]]:
         """{weight of a convolution: original indices of the filters it keeps}."""
         if self.pruning:
-            return self.pruning.remaining
-        return kept_filters(self.net, getattr(self.optimizer, "additives", None))
+            return renumber(self.pruning.remaining, self.numbering)
+        return renumber(kept_filters(self.net, getattr(self.optimizer, "additives", None)), self.numbering)
+
+    def present(self) -> dict[str, list[int]]:
+        """As `kept`, of all filters that the network has; {} where it is the unpruned one."""
+        return renumber(self.pruning.kept, self.numbering) if self.pruning else self.numbering
 
     def _check_finite(self, t: int, means: RunningMeans, *, weights: bool) -> None:
         """Stops the run on all ranks where the loss or, if `weights`, a weight is not finite. Waits for the device.
@@ -324,6 +335,8 @@ class Trainer:
             "pieces": self.pieces,
             "cost": self.cost,
             "shapes": self.shapes,
+            "numbering": self.numbering,
+            "kept": self.present(),
             "random_states": random_states[0],
             **({"random_states_of_ranks": random_states} if several else {}),
             "loader": {"seed": self.train_loader.seed, "epoch": self.epochs_done, "position": self.position},
@@ -342,11 +355,12 @@ class Trainer:
             UserError: weights or optimizer are of another network.
         """
         checkpoints.load_weights(self.net, checkpoint["state_dict"], path)
-        self._zero_at_start = kept_filters(self.net, getattr(self.optimizer, "additives", None))
+        self._kept_at_start = kept_filters(self.net, getattr(self.optimizer, "additives", None))
         if self.adapters is not None and "adapters" in checkpoint:
             checkpoints.load_weights(self.adapters, checkpoint["adapters"], path)
         if "optimizer" in checkpoint:
-            restore_optimizer(self.optimizer, checkpoint["optimizer"], path)
+            saved = checkpoint["optimizer"]
+            restore_optimizer(self.optimizer, saved if continues else without_adapters(saved, self.net), path)
         if not continues:
             return
         self.epochs_done = checkpoint.get("epoch", 0)
@@ -410,7 +424,9 @@ class Trainer:
 
 
 def first_not_finite(module: nn.Module) -> str | None:
-    """The first parameter or buffer with an entry that is not finite. One wait for the device however many there are."""
+    """The first parameter or buffer with an entry that is not finite. One wait for the device however many there
+    are.
+    """
     tensors = {name: value for name, value in module.state_dict().items() if value.is_floating_point()}
     bad = torch.stack([value.isfinite().all() for value in tensors.values()]).logical_not().nonzero().flatten().tolist()
     return list(tensors)[bad[0]].partition(".")[2] if bad else None
