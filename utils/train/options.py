@@ -180,9 +180,10 @@ OPTIONS: dict[str, list[Option]] = {
     "gradual pruning (--recipe prune_gradual)": [
         _recipe_option("macs_cut", "share of the multiply-adds to remove, instead of a rate of filters",
                        number(float, lambda x: 0 < x < 1, "a share of the multiply-adds in (0, 1)"), idle=_not_gradual),
-        _recipe_option("prune_begin", "share of the steps before the first removal", SHARE, RECIPE, idle=_not_gradual),
+        _recipe_option("prune_begin", "share of the steps before the first removal", SHARE, RECIPE,
+                       idle=lambda s: _not_gradual(s) or not s["prune_end"]),
         _recipe_option("prune_end", "share of the steps after which nothing more is removed", SHARE, RECIPE,
-                       idle=_not_gradual),
+                       phrases={0: "one-shot"}, idle=_not_gradual),
         _recipe_option("prune_score", "score of a filter: its norm, |gamma| of its BatchNorm, or Taylor (norm)", str,
                        "norm", settings=dict(choices=PRUNE_SCORES), idle=_not_gradual),
         _recipe_option("tied", "remove channels that are added together, together (on)", switch, True,
