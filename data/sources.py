@@ -62,7 +62,7 @@ DATASETS = {spec.name: spec for spec in RECORDS}
 class Data:
     """A data set ready to train on: training images (augmented) and test images, class names in label order.
 
-    `source` says in words where the images came from.
+    `source` names where the images came from.
     """
 
     name: str

@@ -14,7 +14,7 @@ from torch import Tensor
 from utils.base.errors import UserError
 from utils.prune.plan import Plan
 
-# What no layer falls below where a share of the multiply-adds is asked for.
+# What no layer falls below where a share of the multiply-adds is given.
 FLOOR = 0.1
 LARGEST = torch.finfo(torch.float64).max
 

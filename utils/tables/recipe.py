@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def choose_data(given: dict) -> None:
-    """Adds `--dataset synthetic` where nothing was said of data, none is found and none can be downloaded."""
+    """Adds `--dataset synthetic` where no data is named, none is found and none can be downloaded."""
     dataset = given.get("dataset", "cifar10")
     if dataset not in ("cifar10", "cifar100") or "resume" in given:
         return
