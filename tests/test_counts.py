@@ -1,29 +1,20 @@
-"""Counts against figures of the papers and against sums by hand."""
+"""Counts against sums by hand."""
 
 import pytest
 import torch
 from torch import nn
 
 import models
-from utils.small.counts import count, multiply_adds, papers_cut
-
-
-@pytest.mark.parametrize(
-    "HTrate, cuts", [(0.7, {20: 42.2, 32: 41.5, 56: 41.1, 110: 40.8}), (0.6, {20: 54.0, 32: 53.2, 56: 52.6, 110: 52.3})]
-)
-def test_papers_formula(HTrate, cuts):
-    for depth, cut in cuts.items():
-        assert round(100 * papers_cut(depth, HTrate), 1) == cut
+from utils.small.counts import count, multiply_adds
 
 
 @pytest.mark.parametrize("depth", [20, 56])
-def test_counts_of_a_network_are_those_of_the_formula_and_of_one_image(depth):
+def test_counts_of_a_network_are_those_by_hand_and_of_one_image(depth):
     net = models.build(f"resnet{depth}")
     found = count(net, torch.zeros(5, 3, 32, 32))
     blocks, unit = (depth - 2) // 6, 9 * 16 * 16 * 32 * 32
     assert found.multiply_adds == 9 * 3 * 16 * 32 * 32 + (6 * blocks - 1) * unit + 640
     assert found.parameters == sum(p.numel() for p in net.parameters())
-    assert papers_cut(depth, 1) == 0
 
 
 TWICE = nn.Linear(4, 4)

@@ -97,10 +97,6 @@ class Option:
     idle: Callable[[dict], bool] = lambda settings: False
     scripts: str = ""
 
-    @property
-    def many(self) -> bool:
-        return self.settings.get("nargs") == "+"
-
 
 def _recipe_option(name: str, *args, **more) -> Option:
     """An option that is part of what a result is: of the run and of its recipe."""
