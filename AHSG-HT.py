@@ -10,8 +10,6 @@ H keeps, of every convolution, the filters of largest norm and zeroes the others
 (no thresholding) and v = 0 give torch.optim.SGD bit for bit. AHSG_HT.py makes this file importable.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections import defaultdict

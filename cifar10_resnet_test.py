@@ -13,8 +13,6 @@ DATA holds CIFAR as torchvision stores it (downloaded where absent) or an image 
 A run leaves in its --save_path: log, metrics.csv, curves.png, results.json, checkpoints and the small network.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -12,8 +12,6 @@
 DATA holds train/<class>/* and val/<class>/*. Everything a run leaves behind is in its --save_path.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

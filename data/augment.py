@@ -4,8 +4,6 @@ Bit-equal to torchvision's Pad, crop, hflip, ToTensor and Normalize for the same
 distributions: offsets uniform on 0..2*pad in each direction, flips with probability 1/2.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch

@@ -4,8 +4,6 @@
 used only while the names, sizes and modification times of all images have the fingerprint that is stored in it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable, Iterable

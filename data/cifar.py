@@ -1,7 +1,5 @@
 """CIFAR-10 and CIFAR-100 in torchvision's own files: found, downloaded, read."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

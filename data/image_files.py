@@ -5,8 +5,6 @@ epoch, index of the image) alone: neither the number of workers and ranks nor an
 Test: Resize to 256 for a size of 224, CenterCrop(size).
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import warnings

@@ -1,7 +1,5 @@
 """Trees of images train/<class>/<image>, test/<class>/<image> (or val/); labels number the sorted class names."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """ImageNet, or any tree of images train/<class>/*, val/<class>/* of ordinary size."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

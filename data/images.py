@@ -1,7 +1,5 @@
 """Image data sets: mini-batches are uint8, `dataset.normalise(images)` on the device makes the network's input."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -67,7 +65,7 @@ class ImageArrays(ImageSet):
         self.pad = images.shape[2] // 8
         self._numbers, self._numbers_epoch = None, None
 
-    def to(self, device: torch.device) -> ImageArrays:
+    def to(self, device: torch.device) -> "ImageArrays":
         """Moves images and labels; on a GPU use the loader with num_workers=0."""
         self.images, self.labels = self.images.to(device), self.labels.to(device)
         self._numbers_epoch = None

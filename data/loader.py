@@ -1,7 +1,5 @@
 """A DataLoader whose mini-batch grows while it trains; torch's own in every other respect."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

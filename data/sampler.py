@@ -5,8 +5,6 @@ s_t = s_0*(1+k)^t; the authors' release grows it linearly within each epoch (64 
 of (seed, epoch): a position in the training is two integers, every process computes its share without communication.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sized
 

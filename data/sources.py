@@ -8,8 +8,6 @@ Images made by code, or in files of another format, need a second file with a fu
 `Spec.make` and data/synthetic.py. Nothing else has to change: the scripts' --dataset lists these records.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Every class is a smooth random pattern; an image is its class's pattern, shifted
 and strong noise. It shows whether the software works, nothing about the method: no figure of it is comparable.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

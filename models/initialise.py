@@ -1,7 +1,5 @@
 """The initial weights of a network: those of the release and of soft filter pruning."""
 
-from __future__ import annotations
-
 import math
 
 from torch import nn

@@ -1,7 +1,5 @@
 """A ready network from a file: a checkpoint or small network of the project, or a file of others that it knows."""
 
-from __future__ import annotations
-
 import os
 
 import torch

@@ -1,7 +1,5 @@
 """A network keeps the normalisation that it was trained with, whatever the images are normalised with."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

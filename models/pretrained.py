@@ -1,7 +1,5 @@
 """torchvision's networks with trained weights: torchvision's own, or those of a local file."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

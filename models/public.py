@@ -5,8 +5,6 @@ has width/4 zero channels in front and behind, where models.resnet_cifar has wid
 and 3 are put into another order, which is exact: outputs of conv2 and bn2, inputs of the next conv1 and the last layer.
 """
 
-from __future__ import annotations
-
 import re
 
 from torch import Tensor

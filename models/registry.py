@@ -1,7 +1,5 @@
 """Every network by its name: this project's, for 32x32 images, and torchvision's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -4,8 +4,6 @@ Three stages of basic blocks with 16, 32 and 64 channels and parameter-free shor
 zero channels). State-dict names are those of soft filter pruning and of AHSG-HT's release: their checkpoints load.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

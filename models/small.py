@@ -1,7 +1,5 @@
 """Small networks rebuilt from a file: a network of the original's class whose layers take the widths of the weights."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -4,8 +4,6 @@ The convolutions of configurations A, B, D and E with biases, five max-poolings 
 512-512-512-classes with ReLU and dropout 0.5. Names: features.N, classifier.{0,3,6}.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

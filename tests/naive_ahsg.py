@@ -7,8 +7,6 @@ One mini-batch with mean gradient g (paper, equation of the iteration):
 It works on float64 copies, one parameter, filter and entry at a time, with none of the fast path's ideas.
 """
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 

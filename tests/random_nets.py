@@ -1,7 +1,5 @@
 """Random small networks of operations with rules, with random zeroed filters; and what of them is needed, measured."""
 
-from __future__ import annotations
-
 import random
 
 import torch

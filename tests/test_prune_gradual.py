@@ -1,7 +1,5 @@
 """Gradual pruning in training: the schedule, zeros that stay zeros, scores, cuts, and resumption."""
 
-from __future__ import annotations
-
 import io
 import itertools
 

@@ -1,7 +1,5 @@
 """What gradual pruning may remove, how much of each layer, and what is left costs; beside naive searches."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

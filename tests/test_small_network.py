@@ -1,7 +1,5 @@
 """The small network against the masked one: exactness, that nothing removable is left, files, and what refuses."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -7,8 +7,6 @@
 Writes small.<arch>.pth.tar beside the checkpoint or into --save_path; `models.load` gives the network of it.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

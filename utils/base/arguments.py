@@ -1,7 +1,5 @@
 """Command lines: a parser whose errors are one line, and the types of values that options take."""
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Checkpoints: plain tensors, numbers and strings; a crash leaves the previous file, and reading one runs no code."""
 
-from __future__ import annotations
-
 import io
 import os
 import random

@@ -1,7 +1,5 @@
 """A user's mistake ends in one clear line and exit status 2."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Writing that survives a crash, a power cut and a full disk: files by replacement, lines by appending."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -1,7 +1,5 @@
 """SIGTERM and Ctrl-C: a run that has to stop finishes its mini-batch and writes a checkpoint."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

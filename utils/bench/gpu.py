@@ -4,8 +4,6 @@ The tests that take another path on a GPU (tests.txt), the training loops, the o
 --quick takes small numbers, which show that everything runs, on a CPU too; they are no measurements.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Sequence

@@ -7,8 +7,6 @@
 Timings of one machine under its present load. With --save_path RUN_FOLDER the comparison shows the run's speed-up.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 from collections.abc import Sequence

@@ -8,8 +8,6 @@ Ratios are those of medians. The recipe is the release's: momentum 0.9 (Nesterov
 On CUDA a time is taken between two synchronisations, and a step of AHSG-HT that itself waits for the GPU is an error.
 """
 
-from __future__ import annotations
-
 import statistics
 import warnings
 from collections.abc import Callable, Sequence

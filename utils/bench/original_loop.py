@@ -5,8 +5,6 @@ NCHW; loss and accuracies are read back with .item() at every step; filters are 
 Unlike the release's, its loader has the exact length and its heavy ball is the true one: both loops do the same work.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """What the benchmarks share: their options, timing in turn, and a table with its command and machine."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

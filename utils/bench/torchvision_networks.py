@@ -3,8 +3,6 @@
 Each network, with random weights and BatchNorm statistics, is thresholded once and cut.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Sequence
 

@@ -8,8 +8,6 @@ Each loop has a process of its own, with its own allocator, threads and workers,
 They take turns round by round. A first round of each (compilation, start of workers) is not counted.
 """
 
-from __future__ import annotations
-
 import argparse
 import multiprocessing
 import statistics

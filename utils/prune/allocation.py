@@ -3,8 +3,6 @@
 Counts are float64 (groups,), see utils.prune.plan. Scores are one number per unit; the larger, the more it is needed.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import accumulate
 

@@ -12,8 +12,6 @@ Nothing is removed before `begin`; then the removed share grows as 1 - (1 - x)^3
 not to prune", 2017), fast at first, when most filters are still there to take over; then it is fixed.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -5,8 +5,6 @@ together. Units that appear in the same layers cost the same and form a group. A
 network, through all cuts, so a plan is made once and saved with the run.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import defaultdict
 from dataclasses import dataclass
@@ -128,7 +126,7 @@ class Plan:
         return {**{f: getattr(self, f) for f in self.__dataclass_fields__}, "layers": [vars(c) for c in self.layers]}
 
     @staticmethod
-    def of_state(state: dict) -> Plan:
+    def of_state(state: dict) -> "Plan":
         """On the CPU, wherever the state was loaded to."""
         layers = [{k: v.cpu() if isinstance(v, Tensor) else v for k, v in layer.items()} for layer in state["layers"]]
         return Plan([Layer(**layer) for layer in layers], state["removable"].cpu(), state["reasons"], state["fixed"])

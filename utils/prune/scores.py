@@ -13,8 +13,6 @@ A unit's score is the mean over the convolutions that have a filter of it, times
 added (a depthwise one only passes a channel on): what is lost with all of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Cutting a network in training: layers narrowed in place, and the optimizer's parameters and state with them."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

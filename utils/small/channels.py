@@ -12,8 +12,6 @@ it. Needs spread from the outputs back until nothing changes; all other classes 
 single operations are in utils.small.rules.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from itertools import accumulate

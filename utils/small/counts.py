@@ -4,8 +4,6 @@ Multiply-adds are those of convolutions, linear layers and other products of mat
 network, for one image. BatchNorm, activations, pooling and additions are not counted, as in the papers.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

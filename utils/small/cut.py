@@ -8,8 +8,6 @@ With option-A shortcuts the kept channels of a stage are ordered so that those t
 first, and the shortcut stays a plain zero-pad.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from dataclasses import dataclass, field

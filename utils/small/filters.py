@@ -1,7 +1,5 @@
 """Filters of a network: what belongs to each, and the plan: how many a convolution keeps, and whether it does."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ as the widest of them; weights between channels of different old groups become z
 one that costs least, by the layer's own weights and those of its neighbours.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from utils.small.channels import Channels, Group, OrderError

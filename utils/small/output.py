@@ -1,7 +1,5 @@
 """A small network's file, the table of what was kept and saved, and its export without this project's code."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The graph of a network's operations, by torch.fx: shapes of values, and what each operation changes in place."""
 
-from __future__ import annotations
-
 import operator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Own runs beside published rows and beside each other: differences, and which of them say something."""
 
-from __future__ import annotations
-
 from itertools import combinations
 
 from utils.tables.published import Published

@@ -1,7 +1,5 @@
 """The line that ends a run: its accuracy beside the published figures."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from utils.tables.compare import published_beside

@@ -1,7 +1,5 @@
 """Multiply-adds of a run's network from its results.json: by count, and by the papers' formula."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -9,8 +9,6 @@ share. Repeat the command to continue: what is done is skipped, what was begun c
 in --save_path. Their comparison ends the table.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 from itertools import product

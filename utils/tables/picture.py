@@ -1,7 +1,5 @@
 """The picture of a comparison: accuracy against multiply-adds, published and own."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Published accuracies: the rows of results/published.csv."""
 
-from __future__ import annotations
-
 import csv
 from dataclasses import dataclass
 from pathlib import Path

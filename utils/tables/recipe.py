@@ -5,8 +5,6 @@ a short run on a machine without a GPU, a run that continues where it was interr
 is compared with. `table --help` explains tables of several runs.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

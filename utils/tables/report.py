@@ -1,7 +1,5 @@
 """The comparison as Markdown: results/README.md, the block in the project's README, and what the command prints."""
 
-from __future__ import annotations
-
 import os
 from itertools import groupby
 from pathlib import Path

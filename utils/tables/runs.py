@@ -3,8 +3,6 @@
 What a run is follows from its settings, never from the names of folders.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

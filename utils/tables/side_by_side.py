@@ -1,7 +1,5 @@
 """Runs of the training script as processes: one after another that it needs, several at a time, each on its own GPU."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -1,7 +1,5 @@
 """95 % intervals of accuracies in %: the variance over seeds and that of a finite test set, added."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -6,8 +6,6 @@ BatchNorm statistics and losses stay float32, and no gradient scaling is needed.
 the convolutions.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import os

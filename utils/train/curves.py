@@ -1,7 +1,5 @@
 """The picture of a run: accuracy and loss over the epochs."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

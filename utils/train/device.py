@@ -1,7 +1,5 @@
 """Where a run computes, and with which software: chosen by itself, printed and saved with every result."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

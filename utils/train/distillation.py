@@ -3,8 +3,6 @@
 loss = ce_weight * cross-entropy + sum over the terms of weight * loss(student, teacher); terms: utils.train.losses.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import os

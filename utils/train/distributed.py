@@ -8,8 +8,6 @@ last bit, take the same step and threshold the same filters with no further comm
 CPU: gloo. GPU: nccl for tensors on the GPU, and gloo for Python objects, which must not wait for the GPU.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """One training step, and one pass over the test data. Neither waits for the device."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from contextlib import nullcontext

@@ -4,8 +4,6 @@ The project's networks return them themselves: `net(images, return_features=True
 `with_features` gives any other network this signature.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 

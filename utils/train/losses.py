@@ -5,8 +5,6 @@ A loss is a module called with (student, teacher, labels) that returns a scalar.
 its options, all of them numbers. To add a loss, write such a class and enter it in LOSSES.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a training step minimises. An objective is called with (net, images, labels) and returns (loss, logits)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

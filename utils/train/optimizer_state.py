@@ -1,7 +1,5 @@
 """Momentum, x_{t-1} and removed filters of a checkpoint, also of AHSG-HT's release, for the optimizer of a run."""
 
-from __future__ import annotations
-
 import torch
 
 from utils.base.errors import UserError

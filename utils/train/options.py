@@ -7,8 +7,6 @@ To add an option, add a record here and use `args.<name>`. Recipes (utils.train.
 default is RECIPE.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Callable, Sequence

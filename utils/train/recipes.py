@@ -1,7 +1,5 @@
 """Training recipes as numbers, and the learning-rate schedules that they use."""
 
-from __future__ import annotations
-
 import math
 
 COMMON = dict(

@@ -1,7 +1,5 @@
 """What a run reports: its settings in the log, results.json, curves.png and the small network."""
 
-from __future__ import annotations
-
 import copy
 import shlex
 import time

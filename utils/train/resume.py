@@ -9,8 +9,6 @@ A folder has up to three checkpoints of a run: checkpoint (the latest), previous
 auto` takes the one that is furthest on among those that can be read, and names those that cannot.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

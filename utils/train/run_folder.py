@@ -1,7 +1,5 @@
 """The folder of one run: its lock, log, metrics.csv, results.json, curves.png and checkpoints."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -62,7 +60,7 @@ class RunFolder:
         if self._lock is None:
             self.log(f"note: no file locks in '{path}'; two runs must not use one save path")
 
-    def __enter__(self) -> RunFolder:
+    def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(self, *_) -> None:

@@ -1,7 +1,5 @@
 """What the training scripts build once they know data and network: teacher, objective, optimizer, loaders, pruning."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

@@ -1,7 +1,5 @@
 """A whole training run: epochs, evaluation, checkpoints, log, results and the small network. Both scripts use it."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import shlex
