@@ -1,4 +1,4 @@
-"""Times a step of the optimizer beside torch's SGD and a per-filter loop as in the authors' release.
+"""Times a step of the optimizer beside torch's SGD.
 
     python -m utils.bench.optimizer                                   # every network, on the GPU where there is one
     python -m utils.bench.optimizer --device cpu --arch resnet56 --channels_last --save_path results/bench_optimizer
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 import models
 from AHSG_HT import AHSG_HT
 from utils.base.errors import UserError, run_main
-from utils.bench.original_loop import PerFilterLoop
 from utils.bench.report import make_parser, parse, publish, take_turns
 
 NETS = ("resnet20", "resnet56", "resnet110", "vgg16_bn", "resnet50")
@@ -30,7 +29,6 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], object]] = {
     "SGD foreach": lambda params: torch.optim.SGD(params, foreach=True, **SGD_RECIPE),
     "SGD fused": lambda params: torch.optim.SGD(params, fused=True, **SGD_RECIPE),
     "AHSG-HT": lambda params: AHSG_HT(params, **HT_RECIPE),
-    "per-filter loop": lambda params: PerFilterLoop(params, **HT_RECIPE),
 }
 
 
