@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["AHSG_HT", "SCORES", "following_additives", "hard_threshold", "kept_count"]
+__all__ = ["AHSG_HT", "NORMS", "following_additives", "hard_threshold", "kept_count"]
 
 # (weight, additive parameters of its filters, number of filters or entries that stay) of every layer to threshold.
 Layers = list[tuple[Tensor, list[Tensor], int]]
@@ -27,7 +27,7 @@ CPU_BLOCK_ENTRIES = 65_536  # with gradient, momentum buffer and x_{t-1} about 1
 CHOICES = {"heavy_ball": ("paper", "released"), "unit": ("filter", "element")}
 # What ranks filters, by the option `norm`: takes a weight (C_out, C_in, kh, kw), gives scores (C_out,), the largest
 # stay. Over dimensions, because flattening a channels_last weight would copy it.
-SCORES: dict[int | str, Callable[[Tensor], Tensor]] = {
+NORMS: dict[int | str, Callable[[Tensor], Tensor]] = {
     2: lambda weight: torch.linalg.vector_norm(weight, 2, dim=(1, 2, 3)),
     1: lambda weight: torch.linalg.vector_norm(weight, 1, dim=(1, 2, 3)),
 }
@@ -50,7 +50,7 @@ class AHSG_HT(Optimizer):
         HTrate: share of the filters that is KEPT, 0 < HTrate <= 1. 0.7 is the papers' "30 % pruned"; 1 keeps all.
         heavy_ball: "paper", the true x_{t-1}; or "released", the release's arithmetic, whose term v*(x_t - prev) is
             zero because its update_HSG(1) overwrites prev with x_t just before it is read.
-        norm: what ranks filters, a key of SCORES: 2 or 1 for their l2 or l1 norm.
+        norm: what ranks filters, a key of NORMS: 2 or 1 for their l2 or l1 norm.
         unit: "filter" thresholds the filters of 4-D weights (C_out, C_in, kh, kw); "element" the single entries of
             every tensor of the group (the paper's own setting: sparse vectors).
         regrow: True, a removed filter takes part in the next step and comes back where that step makes it one of the
@@ -314,7 +314,7 @@ def _threshold(layers: Layers, norm: int | str, unit: str) -> list[tuple[Tensor,
     weights, additives = [], []
     for (units, kept, dtype, _), same in alike.items():
         wide = torch.promote_types(dtype, torch.float32)
-        norms = [w.abs().flatten() if unit == "element" else SCORES[norm](w.to(wide)) for w, _ in same]
+        norms = [w.abs().flatten() if unit == "element" else NORMS[norm](w.to(wide)) for w, _ in same]
         removed = torch.sort(torch.stack(norms), dim=1, descending=True, stable=True).indices[:, kept:]
         masks = removed.new_ones(len(same), units, dtype=dtype).scatter_(1, removed, 0)
         filter_masks = masks[:, :, None, None, None].unbind(0)
@@ -339,6 +339,6 @@ def _check_options(group: dict) -> None:
     if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
         got = f"momentum={group['momentum']} and dampening={group['dampening']}"
         raise ValueError(f"nesterov needs momentum > 0 and dampening 0, got {got}")
-    for name, allowed in {**CHOICES, "norm": tuple(SCORES)}.items():
+    for name, allowed in {**CHOICES, "norm": tuple(NORMS)}.items():
         if group[name] not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {group[name]!r}")

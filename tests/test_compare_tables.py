@@ -11,8 +11,8 @@ from utils.base.errors import UserError
 from utils.tables.compare import order, published_beside
 from utils.tables.comparison_line import comparison_line
 from utils.tables.costs import papers_cut
+from utils.tables.markdown import BEGIN, END, main, make_report, replace_block, update
 from utils.tables.published import PUBLISHED, read_published
-from utils.tables.report import BEGIN, END, main, make_report, replace_block, update
 from utils.tables.runs import ROOT, describe_source, find_runs
 from utils.tables.statistics import half_width, half_width_of_difference
 from utils.train.options import recipe_settings

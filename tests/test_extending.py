@@ -69,7 +69,7 @@ def toys(monkeypatch):
     monkeypatch.setitem(models.REGISTRY, "toy", ToyNetwork)
     monkeypatch.setitem(DATASETS, "large", Spec("large", 64, classes=3, make=make_large))
     monkeypatch.setitem(LOSSES, "Power", Power)
-    monkeypatch.setitem(AHSG_HT.SCORES, "spread", spread)
+    monkeypatch.setitem(AHSG_HT.NORMS, "spread", spread)
 
 
 def test_toys_work_together_from_the_command_line(toys, tmp_path, monkeypatch):

@@ -8,7 +8,14 @@ from torch.nn import functional as F
 import models
 from AHSG_HT import AHSG_HT
 from utils.base.errors import UserError
-from utils.small.filters import check_plan, count_zero_filters, filter_additives, format_plan, kept_filters, make_plan
+from utils.small.filters import (
+    check_plan,
+    count_zero_filters,
+    filter_additives,
+    format_plan,
+    kept_filters,
+    plan_convolutions,
+)
 
 
 def conv(width=8, bias=False):
@@ -108,7 +115,7 @@ def test_the_plan_follows_the_optimizers_groups():
         {"params": [second.weight], "unit": "element"},
         {"params": [m.weight for m in (frozen, *rest)], "HTrate": 0.5},
     ]
-    plan = make_plan(net, AHSG_HT(groups, HTrate=0.7))
+    plan = plan_convolutions(net, AHSG_HT(groups, HTrate=0.7))
     assert [layer.kept for layer in plan] == [11, 4, 16, 32, 32, 32, 32]
     assert "7 convolutions, 240 filters: 159 kept, 81 removed" in format_plan(plan)
     with pytest.raises(UserError, match=r"conv_1_3x3\.weight has 16 filters.*plan keeps 11"):
@@ -117,4 +124,4 @@ def test_the_plan_follows_the_optimizers_groups():
     net.bn_1.bias.data[5] = 0.1  # a filter is zero only with what belongs to it
     kept = kept_filters(net, {stem.weight: [net.bn_1.bias]})
     assert count_zero_filters(plan, kept).startswith("1 of 16 (1 convolution), 0 of 16 (2 convolutions)")
-    assert all(layer.removed == 0 for layer in make_plan(net, torch.optim.SGD(net.parameters(), lr=0.1)))
+    assert all(layer.removed == 0 for layer in plan_convolutions(net, torch.optim.SGD(net.parameters(), lr=0.1)))

@@ -8,7 +8,7 @@ import models
 from AHSG_HT import hard_threshold
 from utils import get_small_model
 from utils.bench import latency
-from utils.bench.report import take_turns
+from utils.bench.common import take_turns
 
 FLAGS = ["--batch_sizes", "1", "2", "--repeats", "2", "--device", "cpu"]
 

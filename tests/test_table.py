@@ -12,7 +12,7 @@ import pytest
 from utils.base.errors import UserError
 from utils.base.signals import Stopped, stop
 from utils.tables import recipe, side_by_side
-from utils.tables.grid import make_plan, table_parser
+from utils.tables.grid import plan_rows, table_parser
 from utils.tables.side_by_side import command_words
 from utils.train.options import parse
 
@@ -57,7 +57,7 @@ def plan(tmp_path):
     def make(flags, *methods):
         words = [*shlex.split(f"/data --seeds 1 {flags}"), "--save_path", str(tmp_path / "t"), "--methods", *methods]
         given = parse(table_parser(), words)
-        return make_plan({name: value for name, value in given.items() if name not in ("jobs", "dry_run")})
+        return plan_rows({name: value for name, value in given.items() if name not in ("jobs", "dry_run")})
 
     return make
 

@@ -8,7 +8,7 @@ python -m utils.compare_tables --update                    # renews results/READ
 import sys
 
 from utils.base.errors import run_main
-from utils.tables.report import main
+from utils.tables.markdown import main
 
 if __name__ == "__main__":
     run_main(lambda: main(sys.argv[1:]))

@@ -19,8 +19,8 @@ from AHSG_HT import hard_threshold
 from utils.base import checkpoint as checkpoints
 from utils.base.arguments import COUNT, KEPT_RATE
 from utils.base.errors import UserError, run_main
+from utils.bench.common import benchmark_parser, parse_benchmark, publish, take_turns
 from utils.bench.optimizer import build_net
-from utils.bench.report import make_parser, parse, publish, take_turns
 from utils.small.counts import multiply_adds
 from utils.small.cut import make_small
 from utils.train.device import flush_denormals
@@ -67,13 +67,13 @@ def networks(args: argparse.Namespace) -> tuple[str, nn.Module, nn.Module, tuple
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser(__doc__, repeats=15)
+    parser = benchmark_parser(__doc__, repeats=15)
     parser.add_argument("checkpoint", nargs="?", help="with zeroed filters, or a small network's file")
     parser.add_argument("--arch", help="the network; without a checkpoint: random weights, thresholded once")
     parser.add_argument("--HTrate", type=KEPT_RATE, default=0.7, help="share of filters KEPT with --arch (0.7)")
     parser.add_argument("--round_to", type=COUNT, default=1, help="as in utils.get_small_model (1)")
     parser.add_argument("--batch_sizes", type=COUNT, nargs="+", default=(1, 8, 32, 128), help="images a mini-batch")
-    args = parse(parser, "latency", argv)
+    args = parse_benchmark(parser, "latency", argv)
     flush_denormals()
     arch, dense, small, shape = networks(args)
     rows = timings(dense, small, shape, args)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import models
 from AHSG_HT import AHSG_HT
 from utils.base.errors import UserError, run_main
-from utils.bench.report import make_parser, parse, publish, take_turns
+from utils.bench.common import benchmark_parser, parse_benchmark, publish, take_turns
 
 NETS = ("resnet20", "resnet56", "resnet110", "vgg16_bn", "resnet50")
 SGD_RECIPE = dict(lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -84,10 +84,10 @@ def bench(arch: str, device: torch.device, repeats: int, channels_last: bool) ->
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser(__doc__, repeats=50)
+    parser = benchmark_parser(__doc__, repeats=50)
     parser.add_argument("--arch", nargs="+", default=NETS, help=f"of the registry or torchvision's ({' '.join(NETS)})")
     parser.add_argument("--channels_last", action="store_true", help="parameters as the scripts train them")
-    args = parse(parser, "optimizer", argv)
+    args = parse_benchmark(parser, "optimizer", argv)
     rows = [row for arch in args.arch for row in bench(arch, args.device, args.repeats, args.channels_last)]
     layout = "channels_last" if args.channels_last else "contiguous"
     note = f"Steps in turn, {layout} parameters; ratio: of medians, to {rows[0]['optimizer']}."

@@ -14,7 +14,7 @@ from AHSG_HT import kept_count
 from models.load import last_layer
 from utils.base.errors import UserError, run_main
 from utils.base.torchvision_import import import_torchvision
-from utils.bench.report import make_parser, parse, publish
+from utils.bench.common import benchmark_parser, parse_benchmark, publish
 from utils.small.counts import multiply_adds
 from utils.small.cut import make_small
 from utils.small.trace import trace
@@ -88,10 +88,10 @@ def make_row(name: str, random_means: bool) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser(__doc__, repeats=1)
+    parser = benchmark_parser(__doc__, repeats=1)
     parser.add_argument("names", nargs="*", help="networks (all classification networks of torchvision.models)")
     parser.add_argument("--random_means", action="store_true", help="removed filters have a running mean other than 0")
-    args = parse(parser, "torchvision_networks", argv)
+    args = parse_benchmark(parser, "torchvision_networks", argv)
     torchvision, rows = import_torchvision(), []
     for name in args.names or torchvision.models.list_models(torchvision.models):
         rows.append(make_row(name, args.random_means))

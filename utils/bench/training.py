@@ -20,8 +20,8 @@ import data
 import models
 from utils.base.arguments import COUNT
 from utils.base.errors import UserError, run_main
+from utils.bench.common import benchmark_parser, parse_benchmark, publish, take_turns
 from utils.bench.optimizer import OPTIMIZERS
-from utils.bench.report import make_parser, parse, publish, take_turns
 from utils.train.acceleration import Acceleration, accelerate
 from utils.train.device import flush_denormals, reuse_freed_memory, seed_everything
 from utils.train.distillation import Distillation
@@ -104,7 +104,7 @@ def bench(arch: str, images: data.ImageArrays, args: argparse.Namespace) -> list
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser(__doc__, repeats=5)
+    parser = benchmark_parser(__doc__, repeats=5)
     add = parser.add_argument
     add("data_path", nargs="?", default="./data", help="where the images are (./data)")
     add("--dataset", choices=list(data.DATASETS), default="cifar10", help="synthetic needs no files")
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--kd", nargs="+", default=["logits:KL"], metavar="TERM", help="losses, as of the scripts' --kd (logits:KL)")
     add("--images", type=COUNT, default=1280, help="training images a round (1280)")
     add("--batch_size", type=COUNT, default=128, help="images a mini-batch (128)")
-    args = parse(parser, "training", argv)
+    args = parse_benchmark(parser, "training", argv)
     for arch in [*args.arch, args.teacher] if args.teacher else args.arch:
         models.check_arch(arch)
     flush_denormals()

@@ -12,7 +12,7 @@ from AHSG_HT import kept_count
 from utils.base.errors import UserError
 from utils.small.trace import trace
 
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+BATCHNORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 # Operations channel by channel that keep zeros.
 PASSED = (nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d)
 PASSED_FUNCTIONS = (F.relu, torch.relu, F.relu6, F.leaky_relu, F.dropout, F.max_pool2d, F.avg_pool2d)
@@ -59,7 +59,7 @@ def _only_norm(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     while len(node.users) == 1:
         node = next(iter(node.users))
         module = graph.get_submodule(node.target) if node.op == "call_module" else None
-        if isinstance(module, NORMS):
+        if isinstance(module, BATCHNORMS):
             return module if module.bias is not None else None
         if not isinstance(module, PASSED) and not (node.op == "call_function" and node.target in PASSED_FUNCTIONS):
             return None
@@ -67,7 +67,7 @@ def _only_norm(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 
 
 @dataclass(frozen=True)
-class Layer:
+class Convolution:
     """One convolution: the name of its weight, its filters in all and those kept."""
 
     name: str
@@ -83,7 +83,7 @@ class Layer:
         return self.filters - self.kept
 
 
-def make_plan(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[Layer]:
+def plan_convolutions(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[Convolution]:
     """Every convolution of a network, in the order of its parameters, and what its parameter group keeps of it.
 
     A layer without a group, without gradient, in a group that thresholds single entries, or of an optimizer that does
@@ -94,10 +94,10 @@ def make_plan(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[Layer]:
         by_filter = group.get("unit", "filter") == "filter"
         rates |= {p: group.get("HTrate", 1) if by_filter and p.requires_grad else 1 for p in group["params"]}
     weights = [(name, p) for name, p in net.named_parameters() if p.dim() == 4]
-    return [Layer(name, tuple(p.shape), kept_count(p.shape[0], rates.get(p, 1))) for name, p in weights]
+    return [Convolution(name, tuple(p.shape), kept_count(p.shape[0], rates.get(p, 1))) for name, p in weights]
 
 
-def format_plan(plan: list[Layer]) -> str:
+def format_plan(plan: list[Convolution]) -> str:
     """A table of the plan, a line per convolution."""
     width = max((len(layer.name) for layer in plan), default=0)
     lines = [f"{'convolution':{width}}  {'shape':>16}  kept  removed"]
@@ -127,7 +127,7 @@ def kept_filters(net: nn.Module, additives: Mapping[Tensor, Sequence[Tensor]] | 
     return kept
 
 
-def check_plan(plan: list[Layer], kept: dict[str, list[int]], start: dict[str, list[int]] | None = None) -> None:
+def check_plan(plan: list[Convolution], kept: dict[str, list[int]], start: dict[str, list[int]] | None = None) -> None:
     """Compares a network after thresholding with its plan.
 
     Args:
@@ -148,7 +148,7 @@ def check_plan(plan: list[Layer], kept: dict[str, list[int]], start: dict[str, l
             )
 
 
-def count_zero_filters(plan: list[Layer], kept: dict[str, list[int]]) -> str:
+def count_zero_filters(plan: list[Convolution], kept: dict[str, list[int]]) -> str:
     """Zero filters in words, "5 of 16 (7 convolutions), 10 of 32 (6 convolutions)"."""
     counts = Counter((layer.filters - len(kept[layer.name]), layer.filters) for layer in plan)
     return ", ".join(

@@ -17,10 +17,10 @@ from pathlib import Path
 import models
 from utils.base.arguments import COUNT, SEED, OneLineParser, number
 from utils.base.errors import UserError
-from utils.tables.report import make_report
+from utils.tables.markdown import make_report
 from utils.tables.runs import find_runs
 from utils.tables.side_by_side import Row, command_words, run_rows
-from utils.train.options import OPTIONS, make_parser, parse, recipe_settings
+from utils.train.options import ALL, OPTIONS, alternatives, make_parser, parse, recipe_settings
 from utils.train.recipes import fit_schedule
 from utils.train.run_folder import RUNS
 
@@ -29,8 +29,10 @@ METHODS = ("baseline", "prune", *GRADUAL, *TAUGHT)
 # Options that a table sets itself; options of rows that prune, that prune gradually, and that have a teacher.
 SET_HERE = {"arch", "arch_small", "recipe", "HTrate", "prune_rate", "manualSeed", "resume", "evaluate", "widths_of"}
 OF_PRUNED = {option.name for option in OPTIONS["pruning"]}
-OF_GRADUAL = {option.name for option in OPTIONS["gradual pruning (--recipe prune_gradual)"]}
-OF_TAUGHT = {"kd", "loss", "ce_weight"}
+OF_GRADUAL = {option.name for option in ALL.values() if option.only == "gradual"}
+OF_TAUGHT = {
+    name for option in ALL.values() if option.only == "taught" for name in (option.name, *alternatives(option.name))
+}
 
 
 def script_parser(text: str | None, name: str) -> OneLineParser:
@@ -59,7 +61,7 @@ def table_parser() -> OneLineParser:
 def fill(given: dict) -> None:
     """The command `table`; `given` are the options of its command line. UserError where runs failed, after the rest."""
     jobs, dry_run = given.pop("jobs"), given.pop("dry_run")
-    rows = make_plan(given)
+    rows = plan_rows(given)
     if dry_run:
         print("\n".join(f"{row.folder.name}: {shlex.join(command_words(row.options))}" for row in rows))
         return
@@ -82,7 +84,7 @@ def distil_and_compare(recipe: str, given: dict) -> None:
     fill(given)
 
 
-def make_plan(given: dict) -> list[Row]:
+def plan_rows(given: dict) -> list[Row]:
     """Every row of a table, seed by seed; a teacher before the first row that needs it.
 
     Args:

@@ -10,7 +10,7 @@ from pathlib import Path
 from utils.base.errors import UserError
 from utils.tables.costs import run_costs
 from utils.tables.statistics import half_width
-from utils.train.options import identity, phrase, recipe_settings
+from utils.train.options import ALL, identity, phrase, recipe_settings
 from utils.train.recipes import fit_schedule, recipes_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,9 +18,6 @@ ROOT = Path(__file__).resolve().parents[2]
 FULL_SIZES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "imagenet": (1_281_167, 50_000)}
 # Epochs from which on a run that began with a trained network may stand beside published ones that did.
 EPOCHS_FROM_TRAINED = 40
-# Options with a column of their own, or part of the method's name; files, of which the content counts.
-OWN_COLUMN = {"recipe", "dataset", "arch", "arch_small", "student", "epochs", "HTrate", "prune_rate", "macs_cut"}
-FILES = {"teacher", "widths_of", "started_from", "resume", "use_pretrain"}
 
 
 class Run:
@@ -70,9 +67,10 @@ class Run:
         small_of = [f"of {results.get('widths_from') or 'unknown'}"] if self.is_small else []
         method = self._method() + (cut or (f" {rate:g} %" if rate else ""))
         self.name = ", ".join([method, *small_of, *self._special(usual)])
-        options = {name: value for name, value in identity(settings).items() if name not in FILES}
         own = [self.dataset, recipe, self.arch, teacher.get("arch"), teacher.get("sha256"), small_of, self.epochs]
-        self.key = json.dumps([options, own, self.started_from, self.images, self.arithmetic], sort_keys=True)
+        self.key = json.dumps(
+            [identity(settings), own, self.started_from, self.images, self.arithmetic], sort_keys=True
+        )
         self.speed_up, self.minutes = self._speed_up(), self._minutes()
 
     def _data_remark(self) -> str:
@@ -103,7 +101,7 @@ class Run:
             fitted = fit_schedule(recipe["schedule"], settings["epochs"], recipe["epochs"])
             if (settings["schedule"], settings["gammas"]) == (fitted, recipe["gammas"]):
                 usual = {**usual, "schedule": fitted, "gammas": recipe["gammas"]}
-        special = {n: v for n, v in identity(settings).items() if n not in OWN_COLUMN | FILES and v != usual.get(n)}
+        special = {n: v for n, v in identity(settings).items() if not ALL[n].column and v != usual.get(n)}
         words = [phrase(name, value) for name, value in special.items()]
         return words + ([] if self.arithmetic == "float32" else [self.arithmetic])
 

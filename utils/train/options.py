@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from AHSG_HT import SCORES
+from AHSG_HT import NORMS
 from data import DATASETS
 from utils.base.arguments import (
     COUNT,
@@ -30,7 +30,7 @@ from utils.base.arguments import (
     switch,
 )
 from utils.base.errors import UserError
-from utils.prune.scores import SCORES as PRUNE_SCORES
+from utils.prune.scores import SCORES
 from utils.train.distributed import DIST_TIMEOUT
 from utils.train.losses import LOSSES, check_terms, parse_term
 from utils.train.recipes import fit_schedule, recipes_of
@@ -48,7 +48,7 @@ def k_number(text: str) -> float | int | None:
 
 
 def score_name(text: str) -> int | str:
-    """An argparse type: a key of SCORES."""
+    """An argparse type: a key of NORMS."""
     return int(text) if text.isdigit() else text
 
 
@@ -77,6 +77,10 @@ class Option:
         network: it describes network or images: a new run that starts from a checkpoint takes it over too.
         recipe: results that differ in it are not seeds of one recipe.
         phrases: its values in the words of the tables; other values read "name value".
+        column: it has a column of its own in the tables, or is part of a method's name.
+        only: the runs that it is for, a key of CONCERNED.
+        instead: what it is one of several ways to give. They exclude each other, and one that is given keeps `--resume`
+            from taking over another.
         idle: whether it has no effect beside the other settings.
         scripts: "cifar", "imagenet", or "" for both.
     """
@@ -92,6 +96,9 @@ class Option:
     network: bool = False
     recipe: bool = False
     phrases: dict = field(default_factory=dict)
+    column: bool = False
+    only: str = ""
+    instead: str = ""
     idle: Callable[[dict], bool] = lambda settings: False
     scripts: str = ""
 
@@ -101,16 +108,13 @@ def _recipe_option(name: str, *args, **more) -> Option:
     return Option(name, *args, same_run=True, recipe=True, **more)
 
 
-def _no_teacher(s: dict) -> bool:
-    return not s["teacher"]
-
-
-def _keeps_all(s: dict) -> bool:
-    return s["HTrate"] == 1
-
-
-def _not_gradual(s: dict) -> bool:
-    return s["recipe"] != "prune_gradual"
+# Option.only: whether a run with these settings is one of them.
+CONCERNED: dict[str, Callable[[dict], bool]] = {
+    "": lambda s: True,
+    "pruned": lambda s: s["HTrate"] < 1 and s["recipe"] != "prune_gradual",
+    "gradual": lambda s: s["recipe"] == "prune_gradual",
+    "taught": lambda s: bool(s["teacher"]),
+}
 
 
 OPTIONS: dict[str, list[Option]] = {
@@ -126,7 +130,7 @@ OPTIONS: dict[str, list[Option]] = {
                settings=dict(choices=("skip", "stop")), scripts="imagenet"),
     ],
     "recipe and training": [
-        Option("epochs", "passes over the data", COUNT, RECIPE, recipe=True),
+        Option("epochs", "passes over the data", COUNT, RECIPE, recipe=True, column=True),
         _recipe_option("batch_size", "images in the first mini-batch, over all processes", COUNT, RECIPE, flags=("-b",),
                        batches=True),
         _recipe_option("learning_rate", "learning rate of epoch 0; for cosine the highest", POSITIVE, RECIPE,
@@ -138,15 +142,16 @@ OPTIONS: dict[str, list[Option]] = {
                        settings=dict(choices=("steps", "cosine"))),
         _recipe_option("warmup", "epochs in which the learning rate of cosine rises from 0", NOT_NEGATIVE, RECIPE,
                        settings=dict(metavar="EPOCHS"), idle=lambda s: s["lr_schedule"] == "steps"),
-        _recipe_option("schedule", "epochs at which the learning rate changes", WHOLE, RECIPE,
+        _recipe_option("schedule", "epochs at which the learning rate changes", WHOLE, RECIPE, instead="schedule",
                        settings=dict(nargs="+", metavar="EPOCH"), idle=lambda s: s["lr_schedule"] == "cosine"),
         _recipe_option("gammas", "factors at these epochs", POSITIVE, RECIPE, settings=dict(nargs="+", metavar="G"),
                        idle=lambda s: s["lr_schedule"] == "cosine"),
-        Option("fit_schedule", "scale the recipe's milestones to --epochs", default=False),
+        Option("fit_schedule", "scale the recipe's milestones to --epochs", default=False, instead="schedule"),
     ],
     "pruning": [
-        _recipe_option("HTrate", "share of filters KEPT in every convolution", KEPT_RATE, RECIPE, network=True),
-        Option("prune_rate", "share of filters REMOVED: 0.3 is --HTrate 0.7", PRUNED_RATE),
+        _recipe_option("HTrate", "share of filters KEPT in every convolution", KEPT_RATE, RECIPE, network=True,
+                       column=True, instead="rate"),
+        Option("prune_rate", "share of filters REMOVED: 0.3 is --HTrate 0.7", PRUNED_RATE, instead="rate"),
         _recipe_option("k", "growing mini-batch: step size in (0, 1), cap >= batch size, or none", k_number, RECIPE,
                        batches=True, phrases={None: "fixed mini-batch"}),
         _recipe_option("growth", "growth for a step size (linear)", str, "linear",
@@ -160,34 +165,34 @@ OPTIONS: dict[str, list[Option]] = {
         _recipe_option("heavy_ball", "true heavy ball, or the release's, which is zero (paper)", str, "paper",
                        settings=dict(choices=("paper", "released")), phrases={"released": "heavy ball released"},
                        idle=lambda s: not s["v"]),
-        _recipe_option("norm", "what ranks filters, a key of SCORES in AHSG-HT.py: their l2 or l1 norm (2)", score_name,
-                       2, settings=dict(choices=SCORES), network=True,
-                       idle=lambda s: _keeps_all(s) or not _not_gradual(s)),
+        _recipe_option("norm", "what ranks filters, a key of NORMS in AHSG-HT.py: their l2 or l1 norm (2)", score_name,
+                       2, settings=dict(choices=NORMS), network=True, only="pruned"),
         _recipe_option("no_regrow", "a removed filter stays removed (in the paper it may come back)", default=False,
-                       phrases={True: "no regrowth"}, idle=lambda s: _keeps_all(s) or not _not_gradual(s)),
+                       phrases={True: "no regrowth"}, only="pruned"),
         _recipe_option("threshold_every", "when filters are thresholded (step)", str, "step",
                        settings=dict(choices=("step", "epoch")), phrases={"epoch": "threshold per epoch"},
-                       idle=lambda s: _keeps_all(s) or not _not_gradual(s)),
+                       only="pruned"),
         Option("widths_of", "a new network as narrow as this small network's file: the small network from scratch",
                path_name, settings=dict(metavar="FILE"), same_run=True, scripts="cifar"),
     ],
     "gradual pruning (--recipe prune_gradual)": [
         _recipe_option("macs_cut", "share of the multiply-adds to remove, instead of a rate of filters",
-                       number(float, lambda x: 0 < x < 1, "a share of the multiply-adds in (0, 1)"), idle=_not_gradual),
+                       number(float, lambda x: 0 < x < 1, "a share of the multiply-adds in (0, 1)"), only="gradual",
+                       column=True, instead="rate"),
         _recipe_option("prune_begin", "share of the steps before the first removal", SHARE, RECIPE,
-                       idle=lambda s: _not_gradual(s) or not s["prune_end"]),
+                       only="gradual", idle=lambda s: not s["prune_end"]),
         _recipe_option("prune_end", "share of the steps after which nothing more is removed", SHARE, RECIPE,
-                       phrases={0: "one-shot"}, idle=_not_gradual),
+                       phrases={0: "one-shot"}, only="gradual"),
         _recipe_option("prune_score", "score of a filter: its norm, |gamma| of its BatchNorm, or Taylor (norm)", str,
-                       "norm", settings=dict(choices=PRUNE_SCORES), idle=_not_gradual),
+                       "norm", settings=dict(choices=SCORES), only="gradual"),
         _recipe_option("tied", "remove channels that are added together, together (on)", switch, True,
-                       settings=dict(metavar="on|off"), phrases={False: "untied"}, idle=_not_gradual),
+                       settings=dict(metavar="on|off"), phrases={False: "untied"}, only="gradual"),
         _recipe_option("allocation", "the same rate in all layers, or chosen over the whole network (uniform)", str,
-                       "uniform", settings=dict(choices=("uniform", "global")), idle=_not_gradual),
+                       "uniform", settings=dict(choices=("uniform", "global")), only="gradual"),
         _recipe_option("round_to", "make widths multiples of N (1)", COUNT, 1, settings=dict(metavar="N"),
-                       idle=_not_gradual),
+                       only="gradual"),
         Option("shrink", "cut removed filters out of the network while it trains (on)", switch, True, same_run=True,
-               settings=dict(metavar="on|off"), idle=_not_gradual),
+               settings=dict(metavar="on|off"), only="gradual"),
     ],
     "distillation": [
         Option("arch_small", "the student; --arch is then the teacher, as in the release", str,
@@ -195,19 +200,20 @@ OPTIONS: dict[str, list[Option]] = {
         Option("teacher", "checkpoint of the trained teacher", path_name, settings=dict(metavar="FILE")),
         _recipe_option("kd", "what is compared, by which loss, how weighted: ON:LOSS[:WEIGHT[:NAME=VALUE,...]] with ON "
                        f"feature, stages or logits and LOSS {', '.join(LOSSES)} (recipe: feature:MSE:1)",
-                       kd_term, RECIPE, settings=dict(nargs="+", action="extend", metavar="TERM"), idle=_no_teacher),
+                       kd_term, RECIPE, settings=dict(nargs="+", action="extend", metavar="TERM"), only="taught",
+                       instead="loss"),
         Option("loss", "the release's flag: --loss X is --kd feature:X, for losses between logits logits:X", str,
-               settings=dict(choices=LOSSES)),
+               settings=dict(choices=LOSSES), instead="loss"),
         _recipe_option("ce_weight", "weight of the cross-entropy beside the terms", NOT_NEGATIVE, RECIPE,
-                       idle=_no_teacher),
+                       only="taught"),
         _recipe_option("head_width", "two-layer head of this width for a CIFAR ResNet (released checkpoint: 20)", COUNT,
                        network=True, scripts="cifar"),
     ],
     "speed": [
-        Option("amp", "bfloat16 autocast (default: on GPUs whose hardware has it)", same_run=True),
-        Option("no_amp", "float32 throughout, on a GPU without TF32", default=False),
+        Option("amp", "bfloat16 autocast (default: on GPUs whose hardware has it)", same_run=True, instead="precision"),
+        Option("no_amp", "float32 throughout, on a GPU without TF32", default=False, instead="precision"),
         Option("tf32", "TF32 in convolutions and matrix products of a GPU, outside evaluation", default=False,
-               same_run=True),
+               same_run=True, instead="precision"),
         Option("compile", "compile the network first: a minute, then faster steps", default=False, same_run=True),
         Option("deterministic", "the same bits in every run on a GPU, slower (a CPU always does)", default=False,
                same_run=True),
@@ -247,7 +253,12 @@ ALL: dict[str, Option] = {
     for options in ([RECIPE_OPTION, Option("teacher_sha256", "", same_run=True)], *OPTIONS.values())
     for option in options
 }
-EXCLUSIVE = (("HTrate", "prune_rate", "macs_cut"), ("amp", "no_amp", "tf32"), ("kd", "loss"))
+
+
+def alternatives(name: str) -> list[str]:
+    """The options that say in other ways what this one says, itself included; [] where there are no others."""
+    what = ALL[name].instead if name in ALL else ""
+    return [other for other, option in ALL.items() if what and option.instead == what]
 
 
 def make_parser(script: str, description: str, arch: str, archs: str) -> OneLineParser:
@@ -301,7 +312,8 @@ def identity(settings: dict) -> dict:
         settings: of a run; options that are missing get the recipe's value.
     """
     known = {**recipe_settings(settings["recipe"], settings["dataset"]), **settings}
-    return {name: known[name] for name, option in ALL.items() if option.recipe and not option.idle(known)}
+    works = [o for o in ALL.values() if o.recipe and CONCERNED[o.only](known) and not o.idle(known)]
+    return {option.name: known[option.name] for option in works}
 
 
 def phrase(name: str, value) -> str:
@@ -319,8 +331,8 @@ def parse(parser: OneLineParser, argv: Sequence[str]) -> dict:
         UserError: an unknown option, a bad value, or two options that exclude each other.
     """
     given = vars(parser.parse_args(argv))
-    for names in EXCLUSIVE:
-        both = [name for name in names if given.get(name, False) is not False]
+    for name in given:
+        both = [other for other in alternatives(name) if given.get(other, False) is not False]
         if len(both) > 1:
             raise UserError(f"--{both[0]} and --{both[1]} exclude each other; give one")
     return given
@@ -356,8 +368,6 @@ def resolve(given: dict, adopted: dict, *, family: str, arch: str) -> argparse.N
     if given.get("no_amp") or given.get("tf32"):
         chosen["amp"] = False
     if given.get("fit_schedule"):
-        if "schedule" in given:
-            raise UserError("--fit_schedule scales the recipe's milestones; give it or --schedule, not both")
         chosen["schedule"] = fit_schedule(recipe["schedule"], chosen.get("epochs", recipe["epochs"]), recipe["epochs"])
     if "macs_cut" in given:
         chosen["HTrate"] = 1.0
@@ -372,8 +382,7 @@ def resolve(given: dict, adopted: dict, *, family: str, arch: str) -> argparse.N
 def _check(args: argparse.Namespace, given: dict) -> None:
     """Raises UserError where options contradict each other."""
     gradual = args.recipe == "prune_gradual"
-    only_gradual = [o.name for o in OPTIONS["gradual pruning (--recipe prune_gradual)"] if o.name in given]
-    only_teacher = [name for name in ("kd", "ce_weight") if name in given]
+    only = {kind: [name for name in given if name in ALL and ALL[name].only == kind] for kind in CONCERNED}
     plain = args.recipe in ("baseline", "distill")
     with_teacher = {"baseline": "distill", "prune": "prune_distill"}
     rate, schedule = f"HTrate={args.HTrate:g}", " ".join(map(str, args.schedule))
@@ -384,13 +393,14 @@ def _check(args: argparse.Namespace, given: dict) -> None:
         (plain and args.v, f"recipe {args.recipe} is plain SGD, got --v {args.v:g}; leave it out"),
         (args.teacher and args.recipe in with_teacher, f"recipe {args.recipe} has no teacher; use --recipe "
          f"{with_teacher.get(args.recipe)}, or leave --teacher out"),
-        (only_teacher and not args.teacher, f"--{(only_teacher or [''])[0]} needs a teacher; add --teacher FILE"),
-        (only_gradual and not gradual, f"--{(only_gradual or [''])[0]} is for --recipe prune_gradual; add that"),
+        (only["taught"] and not args.teacher, f"--{''.join(only['taught'][:1])} needs a teacher; add --teacher FILE"),
+        (only["gradual"] and not gradual,
+         f"--{''.join(only['gradual'][:1])} is for --recipe prune_gradual; add that"),
         (gradual and args.prune_begin > args.prune_end,
          f"--prune_begin {args.prune_begin} comes after --prune_end {args.prune_end}; give an earlier begin"),
         (gradual and args.HTrate == 1 and not args.macs_cut,
          f"recipe prune_gradual has nothing to remove, got {rate}; give --HTrate below 1 or --macs_cut"),
-        (gradual and {"norm", "no_regrow", "threshold_every", "heavy_ball"} & given.keys(),
+        (gradual and (only["pruned"] or "heavy_ball" in given),
          "--norm, --no_regrow, --threshold_every and --heavy_ball are for the papers' recipes; see --prune_score"),
         (args.heavy_ball == "released" and args.threshold_every == "epoch",
          "--heavy_ball released thresholds at every step, as the release; leave out --threshold_every epoch"),

@@ -40,6 +40,8 @@ IMAGENET_RECIPES: dict[str, dict] = {
     "finetune": {**IMAGENET, "HTrate": 0.7, "v": 0.1, "learning_rate": 0.001},
     "prune_gradual": {**IMAGENET, **GRADUAL, "trained": dict(GRADUAL["trained"], learning_rate=0.01)},
 }
+# Recipes that start from trained weights: a file of another project is their starting point, not a run to continue.
+START_TRAINED = ("finetune", "prune_gradual")
 
 
 def recipes_of(dataset: str) -> dict[str, dict]:

@@ -21,17 +21,14 @@ import models
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 from utils.train.distillation import checksum
-from utils.train.options import ALL
+from utils.train.options import ALL, alternatives
+from utils.train.recipes import START_TRAINED
 from utils.train.run_folder import RUNS, check_free, check_writable, new_run_path
 
 SAME_RUN = [name for name, option in ALL.items() if option.same_run]
 SAME_BATCHES = [name for name, option in ALL.items() if option.batches]
 SAME_NETWORK = [name for name, option in ALL.items() if option.network and name != "HTrate"]
-# A rate excludes the other way to give one, --arch the student's name, --fit_schedule a schedule.
-RELATED = {"arch", "arch_small"}, {"HTrate", "prune_rate", "macs_cut"}, {"loss", "kd"}, {"fit_schedule", "schedule"}
 KINDS = ("checkpoint", "previous", "best")
-# Recipes that start from trained weights: a file without settings is their starting point.
-START_FROM_WEIGHTS = ("finetune", "prune_gradual")
 
 
 @dataclass
@@ -96,9 +93,9 @@ def adopted_settings(given: dict, checkpoint: dict | None) -> dict:
         names = [*SAME_RUN, "epochs", "data_path", "teacher", "arch", "arch_small"]
     elif not given.get("evaluate") and recipe == "finetune":
         names = [*SAME_NETWORK, "HTrate"]
-    excluded = set(given)
-    for group in RELATED:
-        excluded |= group if group & given.keys() else set()
+    excluded = set(given).union(*map(alternatives, given))
+    if {"arch", "arch_small"} & given.keys():
+        excluded |= {"arch", "arch_small"}
     adopted = {name: saved[name] for name in names if name in saved and name not in excluded}
     if "arch" not in excluded and "arch" in checkpoint:
         adopted.setdefault("arch", checkpoint["arch"])
@@ -128,7 +125,7 @@ def _place(args: argparse.Namespace, checkpoint: dict | None, modified: int | No
             f"--widths_of '{args.widths_of}' makes a new network, --resume '{args.resume}' takes one; leave one out"
         )
     # With another recipe, and without settings by one that starts from weights, the file is only a starting point.
-    continues = args.recipe == saved["recipe"] if saved else args.recipe not in START_FROM_WEIGHTS
+    continues = args.recipe == saved["recipe"] if saved else args.recipe not in START_TRAINED
     if not saved or not continues:
         return Start(new_run_path(args.save_path, run_name(args)), checkpoint, continues and checkpoint is not None)
     notes = [f"note: other than in '{args.resume}': {change}" for change in changed_settings(args, checkpoint)]

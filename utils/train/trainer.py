@@ -18,7 +18,7 @@ from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 from utils.base.signals import Stopped, stop
 from utils.prune.gradual import GradualPruning
-from utils.small.filters import check_plan, count_zero_filters, kept_filters, make_plan
+from utils.small.filters import check_plan, count_zero_filters, kept_filters, plan_convolutions
 from utils.small.output import renumber
 from utils.train import report
 from utils.train.acceleration import choose_acceleration
@@ -106,7 +106,7 @@ class Trainer:
         self.shapes = first.get("shapes") or {n: list(p.shape) for n, p in net.named_parameters() if p.dim() == 4}
         # Numbers of the network's filters in the unpruned one, where it begins cut.
         self.numbering = saved.get("numbering", {}) if saved else {} if first.get("small") else first.get("kept", {})
-        self.plan = make_plan(net, optimizer)
+        self.plan = plan_convolutions(net, optimizer)
         self.thresholds = isinstance(optimizer, AHSG_HT) and any(layer.removed for layer in self.plan)
         # Before weights are restored: DistributedDataParallel gives every rank the BatchNorm statistics of the first.
         self._wrap()

@@ -17,7 +17,7 @@ from utils.base.files import replace_file
 from utils.train.device import describe_machine
 
 
-def make_parser(text: str | None, repeats: int) -> OneLineParser:
+def benchmark_parser(text: str | None, repeats: int) -> OneLineParser:
     """A parser with the options that every benchmark has; `text` is the module's docstring."""
     form = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(description=text, formatter_class=form, allow_abbrev=False)
@@ -27,7 +27,7 @@ def make_parser(text: str | None, repeats: int) -> OneLineParser:
     return parser
 
 
-def parse(parser: OneLineParser, name: str, argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_benchmark(parser: OneLineParser, name: str, argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of utils.bench.<name>; beside them its `command`, and the machine's `load` at the start."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
