@@ -24,7 +24,7 @@ import data
 import models
 from utils.base.arguments import OneLineParser
 from utils.base.errors import UserError, run_main
-from utils.tables.comparison_line import comparison_line
+from utils.tables.compare import comparison_line
 from utils.tables.runs import describe_source
 from utils.train import options, setup
 from utils.train.distributed import first_on_machine, from_first, is_first, on_all, process_group
@@ -90,10 +90,7 @@ def build_network(args: argparse.Namespace, images: data.Data, checkpoint: dict 
         net = models.build(args.student, num_classes=classes, **options)
     else:
         net = models.build_like(checkpoint, args.student, args.resume)
-    if net.num_classes != classes:
-        found = f"'{args.resume}' has {net.num_classes} classes, the data has {classes}"
-        raise UserError(f"{found}; choose the --dataset it was trained on")
-    setup.check_input(net, images, args.student)
+    setup.check_input(net, images, args)
     return net
 
 

@@ -24,7 +24,7 @@ import models
 from models.pretrained import load_pretrained
 from utils.base.arguments import OneLineParser
 from utils.base.errors import UserError, run_main
-from utils.tables.comparison_line import comparison_line
+from utils.tables.compare import comparison_line
 from utils.train import options, setup
 from utils.train.device import usable_cores
 from utils.train.distributed import (
@@ -89,10 +89,7 @@ def build_network(args: argparse.Namespace, images: data.Data, checkpoint: dict 
         net = models.build_torchvision(args.student, len(images.classes))
     else:
         net = models.build_like({"library": "torchvision", **checkpoint}, args.student, args.resume)
-    if net.num_classes != len(images.classes):
-        found = f"'{args.resume}' has {net.num_classes} classes, the data has {len(images.classes)}"
-        raise UserError(f"{found}; name the data it was trained on")
-    setup.check_input(net, images, args.student)
+    setup.check_input(net, images, args)
     return net
 
 

@@ -8,8 +8,7 @@ from scipy import stats
 
 import models
 from utils.base.errors import UserError
-from utils.tables.compare import order, published_beside
-from utils.tables.comparison_line import comparison_line
+from utils.tables.compare import comparison_line, order, published_beside
 from utils.tables.costs import papers_cut
 from utils.tables.markdown import BEGIN, END, main, make_report, replace_block, update
 from utils.tables.published import PUBLISHED, read_published

@@ -126,8 +126,8 @@ def test_it_starts_from_a_trained_network(train, teacher):
     [
         (["--macs_cut", 0.995], "reach"),
         (["--macs_cut", 0.5, "--HTrate", 0.7], "exclude each other"),
-        (["--HTrate", 0.7, "--prune_begin", 0.8, "--prune_end", 0.2], "comes after"),
-        (["--HTrate", 1], "nothing to remove"),
+        (["--HTrate", 0.7, "--prune_begin", 0.8, "--prune_end", 0.2], "is after"),
+        (["--HTrate", 1], "removes nothing"),
         (["--HTrate", 0.7, "--teacher", "TEACHER", "--kd", "feature:MSE"], "add --shrink off"),
     ],
 )

@@ -188,7 +188,7 @@ BAD = {
     "--kd logits:KL --kd logits:KL:2 --teacher x": "given 2 times",
     "--macs_cut 0.5": "--macs_cut is for --recipe prune_gradual",
     "--recipe prune_gradual --macs_cut 0.5 --HTrate 0.7": "exclude each other",
-    "--recipe prune_gradual --prune_begin 0.7": "comes after",
+    "--recipe prune_gradual --prune_begin 0.7": "is after",
     "--heavy_ball released --threshold_every epoch": "every step",
     "--growth exponential": "exponential",
     "--widths_of x.pth.tar": "add --recipe baseline",

@@ -1,8 +1,9 @@
 """Own runs beside published rows and beside each other: differences, and which of them say something."""
 
 from itertools import combinations
+from pathlib import Path
 
-from utils.tables.published import Published
+from utils.tables.published import Published, read_published
 from utils.tables.runs import Group, Run
 from utils.tables.statistics import half_width_of_difference
 
@@ -47,3 +48,25 @@ def order(groups: list[Group]) -> list[str]:
             verdict = "is ahead of" if difference > half else "cannot be distinguished from"
             lines.append(f"{title}: {a.first.name} {verdict} {b.first.name}: {difference:+.2f} ± {half:.2f} (95 %)")
     return lines
+
+
+def comparison_line(results: dict) -> str:
+    """A run's last-epoch accuracy beside the published figures, or why there is nothing to compare with.
+
+    Args:
+        results: the content of a run's results.json.
+    """
+    run = Run(Path("no folder"), results)
+    if run.data_remark == "SYNTHETIC DATA":
+        return "comparison with the papers: none, the data is SYNTHETIC"
+    if run.is_small:
+        return "comparison with the papers: none, they have no small network trained from scratch"
+    cut = f", {100 * run.costs.cut:.1f} % fewer multiply-adds" if run.costs.cut else ""
+    what = f"{run.arch} {run.name}{cut}, {run.epochs} epochs from {run.started_from}"
+    rows = published_beside(run, read_published())
+    if not rows:
+        return f"comparison with the papers: none, no published row like {what}"
+    published = "; ".join(f"{row}{f' ({row.doubt})' if row.doubt else ''}" for row in rows)
+    remark = f", NOT COMPARABLE: {run.remark}" if run.remark else ""
+    own = f"this run {run.accuracy:.2f} (last epoch){remark}"
+    return f"comparison with the papers, {what}: {own}; published, top-1 %: {published}"

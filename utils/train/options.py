@@ -30,6 +30,7 @@ from utils.base.arguments import (
     switch,
 )
 from utils.base.errors import UserError
+from utils.prune.gradual import check_options
 from utils.prune.scores import SCORES
 from utils.train.distributed import DIST_TIMEOUT
 from utils.train.losses import LOSSES, check_terms, parse_term
@@ -396,10 +397,6 @@ def _check(args: argparse.Namespace, given: dict) -> None:
         (only["taught"] and not args.teacher, f"--{''.join(only['taught'][:1])} needs a teacher; add --teacher FILE"),
         (only["gradual"] and not gradual,
          f"--{''.join(only['gradual'][:1])} is for --recipe prune_gradual; add that"),
-        (gradual and args.prune_begin > args.prune_end,
-         f"--prune_begin {args.prune_begin} comes after --prune_end {args.prune_end}; give an earlier begin"),
-        (gradual and args.HTrate == 1 and not args.macs_cut,
-         f"recipe prune_gradual has nothing to remove, got {rate}; give --HTrate below 1 or --macs_cut"),
         (gradual and (only["pruned"] or "heavy_ball" in given),
          "--norm, --no_regrow, --threshold_every and --heavy_ball are for the papers' recipes; see --prune_score"),
         (args.heavy_ball == "released" and args.threshold_every == "epoch",
@@ -421,3 +418,6 @@ def _check(args: argparse.Namespace, given: dict) -> None:
         if broken:
             raise UserError(message)
     check_terms([parse_term(term) for term in args.kd])
+    if gradual:
+        names = ("prune_begin", "prune_end", "HTrate", "macs_cut", "prune_score", "allocation")
+        check_options(*(getattr(args, name) for name in names))

@@ -233,7 +233,7 @@ def use_normalisation(images: data.Data, start: Start) -> dict:
     return usual
 
 
-def check_input(net: nn.Module, images: data.Data, arch: str) -> None:
+def check_input(net: nn.Module, images: data.Data, args: argparse.Namespace) -> None:
     """Raises UserError where a network does not take the images, or has another number of outputs than classes."""
     _, height, width = images.train.image_shape
     remedy = "use another --image_size, or a resnet, which takes any"
@@ -242,12 +242,11 @@ def check_input(net: nn.Module, images: data.Data, arch: str) -> None:
         with torch.no_grad():
             outputs = net.eval()(torch.zeros(2, *images.train.image_shape)).shape[1]
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(f"{arch} does not take images of {height}x{width} ({error}); {remedy}") from None
+        raise UserError(f"{args.student} does not take images of {height}x{width} ({error}); {remedy}") from None
     net.train(was_training)
     if outputs != len(images.classes):
-        raise UserError(
-            f"{arch} has {outputs} outputs, the data has {len(images.classes)} classes; choose its data set"
-        )
+        found = f"{args.resume or args.student} has {outputs} classes, the data has {len(images.classes)}"
+        raise UserError(f"{found}; choose the data set that it was trained on")
 
 
 def place_network(net: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
