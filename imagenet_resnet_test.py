@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         if args.evaluate:
             return setup.test_only(net, images, args, device, start, args.resume or source)
         train_loader = on_all(lambda: setup.build_train_loader(images, args, device))
-        test_loader = setup.build_test_loader(images, args, device)
+        test_loader = on_all(lambda: setup.build_test_loader(images, args, device))
         objective, facts = setup.build_objective(teacher, net, images, test_loader, args, usual)
         facts |= {"pretrained": source} if source else {}
         network_facts = {"library": "torchvision", "input_shape": list(images.train.image_shape)}

@@ -15,14 +15,14 @@ from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 
 # Part of every fingerprint: change it when the same source files are to give other pixels.
-FORMAT = "ahsg-ht cache 3"
+CACHE_FORMAT = "ahsg-ht cache 3"
 # {split: (uint8 images (N, 3, size, size), int64 labels (N,))} and class names in label order.
 Arrays = tuple[dict[str, tuple[Tensor, Tensor]], list[str]]
 
 
 def fingerprint(files: Iterable[tuple[str, os.stat_result]]) -> str:
     """SHA-256 over (name, size, modification time in ns) of files, in the order given."""
-    digest = hashlib.sha256(FORMAT.encode())
+    digest = hashlib.sha256(CACHE_FORMAT.encode())
     for name, stat in files:
         digest.update(f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode(errors="surrogateescape"))
     return digest.hexdigest()

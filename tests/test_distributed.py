@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from torch import nn
 from AHSG_HT import AHSG_HT
 from data import DataLoader, ImageArrays, first_images
 from data.synthetic import make_images
+from models import narrow_like
 from models.resnet_cifar import CifarResNet
 from utils.base.errors import UserError
+from utils.prune.gradual import GradualPruning
 from utils.small.filters import kept_filters
 from utils.train import distributed, engine
 from utils.train.distillation import Distillation
@@ -68,25 +71,40 @@ def make_optimizer(groups):
     return AHSG_HT(groups, lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, v=0.1, HTrate=0.7)
 
 
-def train(make=NoNorm, *, teacher=False, max_images=None, epochs=range(4), before=None):
+def train(make=NoNorm, *, teacher=False, gradual=False, max_images=None, epochs=range(4), before=None):
     """Trains with the engine as a run does, alone or with the other processes; returns everything that came of it."""
     torch.manual_seed(0)
     net, objective = make(), cross_entropy
+    if before:
+        narrow_like(net, before["weights"])
     groups, adapters = [{"params": list(net.parameters())}], nn.ModuleList()
     if teacher:
         objective = Distillation(NoNorm(14), net, first_images(images(False), 2), [parse_term("feature:MSE")])
         adapters = objective.adapters
         groups += [{"params": list(adapters.parameters()), "HTrate": 1}]
     optimizer = make_optimizer(groups)
-    if distributed.world_size() > 1:
-        objective = distributed.ParallelObjective(net, objective, CPU)
     if before:
         net.load_state_dict(before["weights"])
         optimizer.load_state_dict(before["optimizer"])
-    loader, kept, results = make_loader(), [], []
+    pruning, loader, kept, results = None, make_loader(), [], []
+    if gradual:
+        optimizer.param_groups[0]["HTrate"] = 1
+        options = dict(steps=4 * len(SIZES), begin=0.1, end=0.6, HTrate=0.5, score="taylor")
+        options["state"] = before and before["pruning"]
+        pruning = GradualPruning(net, optimizer, first_images(images(False), 2), **options)
+
+    def wrap():
+        return distributed.ParallelObjective(net, plain, CPU) if distributed.world_size() > 1 else plain
+
+    plain, objective = objective, None
+    objective = wrap()
     for epoch in epochs:
         loader.set_epoch(epoch)
-        result = train_epoch(net, loader, objective, optimizer, CPU, epoch=epoch, max_images=max_images)
+        options = dict(epoch=epoch, max_images=max_images, before_step=pruning and pruning.before_step)
+        result = train_epoch(net, loader, objective, optimizer, CPU, **options)
+        if gradual and pruning.end_of_epoch((epoch + 1) * len(SIZES) - 1):
+            objective = None
+            objective = wrap()
         distributed.average_batchnorm(net)
         kept.append(kept_filters(net))
         check_same_on_all_ranks(kept[-1], epoch)
@@ -95,12 +113,13 @@ def train(make=NoNorm, *, teacher=False, max_images=None, epochs=range(4), befor
     return {
         "weights": {**net.state_dict(), **{f"adapters.{name}": value for name, value in adapters.state_dict().items()}},
         "optimizer": optimizer.state_dict(),
+        "pruning": pruning and pruning.state_dict(),
         "kept": kept,
         "results": [*results, (tested.loss, tested.top1, tested.top5)],
     }
 
 
-RUNS = {"plain": {}, "in parts": {"max_images": 2}, "distilled": {"teacher": True}}
+RUNS = {"plain": {}, "in parts": {"max_images": 2}, "distilled": {"teacher": True}, "gradual": {"gradual": True}}
 
 
 def caught(function):
@@ -117,6 +136,18 @@ def fail_on(rank):
         return "made"
 
     return make
+
+
+def on_one_machine():
+    """(what this rank got of first_on_machine, when it made it)."""
+    times = []
+
+    def make():
+        times.append(time.monotonic())
+        time.sleep(0.05 if distributed.is_first() else 0)
+        return distributed.rank()
+
+    return distributed.first_on_machine(make), times
 
 
 def what_wrapping_changes():
@@ -138,13 +169,16 @@ def one_rank(rank, port, folder):
         report = {"copied": CifarResNet(8)}
         distributed.copy_from_first(report["copied"])
         report.update({name: train(**options) for name, options in RUNS.items()})
-        report["resumed"] = train(epochs=range(1, 4), before=train(epochs=range(1)))
+        report["plain resumed"] = train(epochs=range(1, 4), before=train(epochs=range(1)))
+        begun = train(gradual=True, epochs=range(2))
+        report["gradual resumed"] = train(gradual=True, epochs=range(2, 4), before=begun)
         report["batchnorm"] = train(InDouble, epochs=range(1))
         report["wrapping changes"] = what_wrapping_changes()
         agreement = distributed.Agreement()
         report["agreed"] = [agreement(15 if rank and call == 2 else 2 if call == 4 else 0) for call in range(5)]
         report["different"] = caught(lambda: check_same_on_all_ranks({"conv": [rank]}, 7))
         report["from first"] = caught(lambda: distributed.from_first(distributed.rank))
+        report["machine"] = on_one_machine()
         report["first fails"] = caught(lambda: distributed.from_first(fail_on(0)))
         report["second fails"] = caught(lambda: distributed.on_all(fail_on(1)))
         report["none fails"] = caught(lambda: distributed.on_all(fail_on(RANKS)))
@@ -171,6 +205,9 @@ def test_several_processes_train_as_one_does(ranks, name):
         for key, value in one["weights"].items():
             assert (value - several["weights"][key]).abs().max() <= 1e-6, key
         assert torch.allclose(torch.tensor(one["results"]), torch.tensor(several["results"]), atol=1e-4)
+    if name == "gradual":
+        assert len(one["weights"]["body.0.weight"]) == len(one["weights"]["body.2.weight"]) == 5
+        return
     torch.manual_seed(0)
     moved = max((value - one["weights"][key]).abs().max() for key, value in NoNorm().state_dict().items())
     assert moved > 0.1, "nothing was learnt, so nothing was compared"
@@ -185,8 +222,9 @@ def test_ranks_hold_the_same_bits(ranks):
 
 
 def test_three_resumed_processes_add_in_the_same_order(ranks):
-    whole, resumed = ranks[0]["plain"]["weights"], ranks[0]["resumed"]["weights"]
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    for name in ("plain", "gradual"):
+        whole, resumed = ranks[0][name]["weights"], ranks[0][f"{name} resumed"]["weights"]
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole), name
     assert [report["wrapping changes"] for report in ranks] == [[]] * RANKS
 
 
@@ -259,6 +297,13 @@ def test_what_one_rank_knows_the_others_get(ranks):
     assert [report["first fails"] for report in ranks] == ["UserError: no data on 0", *["SystemExit: 2"] * (RANKS - 1)]
     expected = ["UserError: on rank 1: no data on 1", *["SystemExit: 2"] * (RANKS - 1)]
     assert [report["second fails"] for report in ranks] == expected
+
+
+def test_one_rank_of_a_machine_makes_the_data_before_the_others(ranks):
+    """So that files are unpacked once; every rank makes its own, once."""
+    made, times = zip(*(report["machine"] for report in ranks), strict=True)
+    assert made == tuple(range(RANKS)) and all(len(own) == 1 for own in times)
+    assert min(own[0] for own in times[1:]) >= times[0][0] + 0.05
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

@@ -14,6 +14,7 @@ from data import DataLoader, ImageFiles, first_images, load_imagenet
 from data.image_files import MEAN, STD, BadImage, UnreadableFile, image_seed
 from utils.base.errors import UserError
 from utils.base.torchvision_import import import_torchvision
+from utils.train import setup
 
 NAME = "checkpoint.resnet18.pth.tar"
 SIZE = 64
@@ -88,6 +89,19 @@ def test_use_pretrain(train, jpegs, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"trained weights of resnet18 failed .*--use_pretrain FILE"):
         train("--use_pretrain")
+
+
+def test_workers_of_both_loaders_must_fit_into_shared_memory(jpegs, monkeypatch):
+    """Test mini-batches are as large as those of training, and are counted as they are."""
+    args = script.parse_args([str(jpegs), "-a", "resnet18", "-b", "12", "--image_size", "32", "-j", "2"])
+    images, cpu = script.load_images(args), torch.device("cpu")
+    needed = (2 * 2 + 1) * 12 * 3 * 32 * 32
+    for build in (setup.build_train_loader, setup.build_test_loader):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, needed))
+        build(images, args, cpu)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, needed - 1))
+        with pytest.raises(UserError, match="workers with 2 mini-batches of 12 images"):
+            build(images, args, cpu)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,14 @@ def filters(plan, convolution, kept):
     return sum(int(kept[group]) for group in plan.group_of[convolution.unit].unique())
 
 
+def test_batchnorm_over_all_processes_is_planned_as_any_other():
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(CifarResNet(8))
+    plans = [make_plan(net, example(), tied=True) for net in (CifarResNet(8), synced)]
+    names, norms = ([[getattr(c, what) for c in plan.convolutions] for plan in plans] for what in ("name", "norm"))
+    assert names[0] == names[1] and norms[0] == norms[1] and None not in norms[0]
+    assert all(torch.equal(a, b) for a, b in zip(*(plan.groups for plan in plans), strict=True))
+
+
 # -- widths by hand --
 
 

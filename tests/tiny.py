@@ -1,5 +1,6 @@
 """Tiny data and networks that several test files share."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ def make_tree(root: Path) -> Path:
     return root
 
 
-def train_epoch(net, loader, objective, optimizer, device, *, epoch, max_images=None):
+def train_epoch(net, loader, objective, optimizer, device, *, epoch, max_images=None, before_step=None):
     """A pass over the loader with the engine's steps, without a Trainer; the means over it."""
     net.train()
     means, sizes = engine.RunningMeans(device), loader.sizes(epoch)
@@ -36,6 +37,8 @@ def train_epoch(net, loader, objective, optimizer, device, *, epoch, max_images=
             epoch=epoch,
             max_images=max_images,
         )
+        if before_step:
+            options["before_update"] = partial(before_step, epoch * len(sizes) + t)
         engine.train_step(objective, net, images, labels, optimizer, means, **options)
     return means.read()
 

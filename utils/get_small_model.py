@@ -19,13 +19,10 @@ import models
 from utils.base.arguments import COUNT, OneLineParser
 from utils.base.errors import UserError, run_main
 from utils.small.cut import make_small
-from utils.small.output import check_export, export, small_table, write_small
+from utils.small.output import COMPARED, check_export, export, small_table, write_small
 from utils.train.device import flush_denormals
 from utils.train.run_folder import check_writable
-
-EVALUATION_BATCH = 500
-# Real images on which the logits of both networks are compared, where there is data.
-COMPARED = 500
+from utils.train.setup import EVALUATION_BATCH
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

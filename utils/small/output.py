@@ -16,6 +16,8 @@ from utils.small.cut import Report
 
 # Entries of a checkpoint that the small network's file takes over.
 INHERITED = ("library", "dataset", "normalisation")
+# Images of the test set on which the small network is compared with the network that it was made from.
+COMPARED = 500
 
 
 def write_small(

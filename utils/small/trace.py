@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from models.resnet_cifar import OptionA
 
-ROOT = "net"
+PREFIX = "net"
 
 
 class _Called(nn.Module):
@@ -45,7 +45,7 @@ class _Tracer(fx.Tracer):
         except NameError:
             # A slice of a Sequential is a new Sequential without a name; its layers have theirs.
             if isinstance(module, nn.Sequential):
-                return ROOT
+                return PREFIX
             raise
 
     def call_module(self, module: nn.Module, forward, args: tuple, kwargs: dict) -> Any:
@@ -98,7 +98,7 @@ def trace(net: nn.Module, example: Tensor) -> fx.GraphModule:
 
 def module_name(node: fx.Node) -> str:
     """The name in the network of the module that a node calls; "" for the network itself."""
-    return node.target.removeprefix(ROOT).removeprefix(".")
+    return node.target.removeprefix(PREFIX).removeprefix(".")
 
 
 def layer_name(node: fx.Node) -> str:
@@ -107,7 +107,7 @@ def layer_name(node: fx.Node) -> str:
         return module_name(node) or "the network"
     operation = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     inside = list(node.meta.get("nn_module_stack", {}).values())
-    owner = inside[-1][0].removeprefix(ROOT).removeprefix(".") if inside else ""
+    owner = inside[-1][0].removeprefix(PREFIX).removeprefix(".") if inside else ""
     return f"{operation} in {owner}" if owner else str(operation)
 
 

@@ -4,7 +4,7 @@ from itertools import combinations
 from pathlib import Path
 
 from utils.tables.published import Published, read_published
-from utils.tables.runs import Group, Run
+from utils.tables.runs import Run, SeedGroup
 from utils.tables.statistics import half_width_of_difference
 
 # Largest distance, in points of multiply-adds cut, of rows that stand next to each other without a common rate.
@@ -32,7 +32,7 @@ def published_beside(run: Run, rows: list[Published]) -> list[Published]:
     return [row for row in rows if (row.dataset, row.arch, row.init) == like and as_much(row) and not run.is_small]
 
 
-def order(groups: list[Group]) -> list[str]:
+def order(groups: list[SeedGroup]) -> list[str]:
     """Lines on which groups of equal length are ahead of which: differences with their 95 % intervals.
 
     Groups of one seed have no place in it. Intervals are of single pairs, not widened for the number of pairs.

@@ -9,7 +9,7 @@ from utils.base.files import replace_file
 from utils.tables.compare import order, published_beside
 from utils.tables.picture import draw_accuracy
 from utils.tables.published import read_published
-from utils.tables.runs import ROOT, Group, find_runs, show_path
+from utils.tables.runs import ROOT, SeedGroup, find_runs, show_path
 from utils.train.options import OneLineParser
 from utils.train.run_folder import RUNS
 
@@ -30,7 +30,7 @@ SHORT = (*SHORT, "minutes, machine", "small network's speed-up", "log")
 MAIN = ("network", *SHORT[:6], "papers' formula", "published", *SHORT[6:])
 
 
-def row_cells(group: Group, base: Path) -> dict[str, str]:
+def row_cells(group: SeedGroup, base: Path) -> dict[str, str]:
     """{column: cell} of a group of runs, for the columns of every table; links are relative to the folder `base`."""
     run, costs = group.first, group.first.costs
     beside = [] if run.remark else published_beside(run, read_published())
@@ -60,7 +60,7 @@ def table(columns: tuple[str, ...], rows: list[dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def make_report(groups: list[Group], notes: list[str], *, base: Path, by_hand: str = "", picture: str = "") -> str:
+def make_report(groups: list[SeedGroup], notes: list[str], *, base: Path, by_hand: str = "", picture: str = "") -> str:
     """The whole report.
 
     Args:
@@ -83,7 +83,7 @@ def make_report(groups: list[Group], notes: list[str], *, base: Path, by_hand: s
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
-def readme_block(groups: list[Group]) -> str:
+def readme_block(groups: list[SeedGroup]) -> str:
     """The README's table with its markers: the first full-length rows, or, while there are none, shorter ones."""
     full = [group for group in groups if group.is_comparable]
     rows = table(README, [row_cells(group, ROOT) for group in (full or groups)[:README_ROWS]])

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from utils.base.files import replace_file
 from utils.tables.published import Published
-from utils.tables.runs import Group
+from utils.tables.runs import SeedGroup
 
 
-def draw_accuracy(groups: list[Group], published: list[Published], path: Path) -> bool:
+def draw_accuracy(groups: list[SeedGroup], published: list[Published], path: Path) -> bool:
     """Writes a PNG with a panel per network for full-length runs beside the published rows, and one for shorter runs.
 
     Published rows stand at the multiply-adds that their cut leaves of the network here, own ones at those counted.

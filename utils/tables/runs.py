@@ -119,7 +119,7 @@ class Run:
         return f"{self.results['seconds'] / 60:.0f}, {where}" + (f", in {pieces} pieces" if pieces > 1 else "")
 
 
-class Group:
+class SeedGroup:
     """Runs that differ by their seed only.
 
     Attributes:
@@ -159,7 +159,7 @@ def read_run(file: Path) -> Run:
     """
     try:
         run = Run(file.parent, json.loads(file.read_text(encoding="utf-8")))
-        if not (0 <= run.accuracy <= 100 and run.results["finished"] in (True, False) and Group([run]).accuracy()):
+        if not (0 <= run.accuracy <= 100 and run.results["finished"] in (True, False) and SeedGroup([run]).accuracy()):
             raise ValueError(f"accuracy {run.accuracy} %, finished {run.results['finished']}")
     except Exception as error:  # a damaged file may hold anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
@@ -167,7 +167,7 @@ def read_run(file: Path) -> Run:
     return run
 
 
-def find_runs(folders: Iterable[Path]) -> tuple[list[Group], list[str]]:
+def find_runs(folders: Iterable[Path]) -> tuple[list[SeedGroup], list[str]]:
     """Groups of the finished runs under some folders; and a note per results.json that is not among them."""
     members: dict[str, list[Run]] = {}
     notes = []
@@ -186,11 +186,11 @@ def find_runs(folders: Iterable[Path]) -> tuple[list[Group], list[str]]:
         else:
             members[run.key] = [*same, run]
 
-    def order(group: Group) -> tuple:
+    def order(group: SeedGroup) -> tuple:
         run = group.first
         return run.dataset, len(run.arch), run.arch, run.pruned != 0, run.epochs, run.pruned or 0, run.name
 
-    return sorted(map(Group, members.values()), key=order), notes
+    return sorted(map(SeedGroup, members.values()), key=order), notes
 
 
 def describe_source(small_file: str) -> str | None:

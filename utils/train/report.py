@@ -13,14 +13,12 @@ from utils.base.errors import UserError
 from utils.small.counts import multiply_adds
 from utils.small.cut import make_small
 from utils.small.filters import format_plan
-from utils.small.output import small_table, write_small
+from utils.small.output import COMPARED, small_table, write_small
 from utils.train.curves import draw_curves
 from utils.train.device import describe_machine, describe_versions
 from utils.train.distributed import is_first, launcher, local_world_size, plain_batchnorm, world_size
 from utils.train.engine import PassResult
 
-# Images on which the small network is compared with the masked one.
-COMPARED = 500
 TIME_FORMAT = "%Y-%m-%d-%H:%M:%S"
 
 
@@ -76,7 +74,7 @@ def step_line(epoch: int, position: str, size: int, now: PassResult) -> str:
     )
 
 
-def write(trainer, *, curves: bool) -> dict:
+def write_report(trainer, *, curves: bool) -> dict:
     """Writes results.json and, on demand, curves.png; returns the results."""
     results = results_of(trainer)
     trainer.run.write_results(results)

@@ -187,11 +187,16 @@ def build_train_loader(images: data.Data, args: argparse.Namespace, device: torc
 
 
 def build_test_loader(images: data.Data, args: argparse.Namespace, device: torch.device) -> data.DataLoader:
-    """The test images in mini-batches that a process can take through the network at once."""
-    size = min(EVALUATION_BATCH, (args.max_images_per_step or EVALUATION_BATCH) * world_size())
+    """The test images in mini-batches that a process can take through the network at once; those in files, which
+    workers send through shared memory, in mini-batches as in training.
+    """
+    in_files = isinstance(images.test, data.ImageFiles)
+    size = args.batch_size if in_files else EVALUATION_BATCH
+    size = min(size, args.max_images_per_step * world_size()) if args.max_images_per_step else size
     # Images in memory are handed out faster than a worker process could send them.
-    options = worker_options(args, device) if isinstance(images.test, data.ImageFiles) else {}
-    return data.DataLoader(images.test, size, **options)
+    loader = data.DataLoader(images.test, size, **(worker_options(args, device) if in_files else {}))
+    data.check_shared_memory(loader, processes=local_world_size())
+    return loader
 
 
 def worker_options(args: argparse.Namespace, device: torch.device) -> dict:
@@ -267,7 +272,7 @@ def test_only(
         checkpoints.load_weights(net, start.checkpoint["state_dict"], origin)
     if args.recalibrate:
         recalibrate(net, build_train_loader(images, args, device), args.recalibrate, device)
-    test_loader = build_test_loader(images, args, device)
+    test_loader = on_all(lambda: build_test_loader(images, args, device))
     tested = evaluate(net, test_loader, device)
     skipped = gather_bad_images(test_loader)
     if is_first():

@@ -153,7 +153,7 @@ class Trainer:
                     self._run_epoch(epoch)
                     if self.epochs_done < self.args.epochs:
                         is_due = time.monotonic() - drawn > DRAW_SECONDS
-                        report.write(self, curves=is_due)
+                        report.write_report(self, curves=is_due)
                         drawn = time.monotonic() if is_due else drawn
                     if signum := stop.pending():
                         raise Stopped(signum)
@@ -394,7 +394,7 @@ class Trainer:
         with self._explained():
             if is_first() and (self.thresholds or self.pruning):
                 self.facts["small"] = report.write_small_network(self)
-            results = report.write(self, curves=True)
+            results = report.write_report(self, curves=True)
         last, best, epoch = (results[name] for name in ("last_epoch_accuracy", "best_epoch_accuracy", "best_epoch"))
         self.run.log(
             f"\nlast epoch {last:.2f} %, best epoch {best:.2f} % (epoch {epoch}); log, metrics.csv, curves.png, "
