@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import models
-from AHSG_HT import kept_count
+from AHSG_HT import hard_threshold
 from models.load import last_layer
 from utils.base.errors import UserError, run_main
 from utils.base.torchvision_import import import_torchvision
 from utils.bench.common import benchmark_parser, parse_benchmark, publish
 from utils.small.counts import multiply_adds
 from utils.small.cut import make_small
-from utils.small.trace import trace
+from utils.small.filters import filter_additives
 
 HTRATE = 0.7
 COLUMNS = ("network", "pixels", "result", "multiply-adds (M)", "saved (%)", "relative difference", "kept whole")
@@ -51,19 +51,14 @@ def make_network(name: str) -> tuple[nn.Module, Tensor]:
 
 @torch.no_grad()
 def threshold(net: nn.Module, images: Tensor, random_means: bool) -> None:
-    """AHSG_HT's H on every convolution; the BatchNorm that belongs to it is the one that reads it."""
-    graph = trace(net, images)
-    for node in [n for n in graph.graph.nodes if n.op == "call_module"]:
-        conv = graph.get_submodule(node.target)
-        if isinstance(conv, nn.Conv2d):
-            removed = conv.weight.flatten(1).norm(dim=1).argsort()[: -kept_count(len(conv.weight), HTRATE)]
-            readers = [graph.get_submodule(user.target) for user in node.users if user.op == "call_module"]
-            norms = [module for module in readers if isinstance(module, Norm)]
+    """AHSG_HT's H on every convolution."""
+    additives = filter_additives(net, images)
+    hard_threshold([*net.parameters()], HTRATE, additives=additives)
+    own = {bias for biases in additives.values() for bias in biases}
+    for norm in [] if random_means else net.modules():
+        if isinstance(norm, Norm) and norm.bias in own:
             # After training the running mean of a removed filter is 0: it decays by a tenth in every step.
-            means = [] if random_means else [norm.running_mean for norm in norms]
-            for value in (conv.weight, conv.bias, *(norm.bias for norm in norms), *means):
-                if value is not None:
-                    value[removed] = 0
+            norm.running_mean[norm.bias == 0] = 0
 
 
 @torch.no_grad()
