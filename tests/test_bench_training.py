@@ -8,7 +8,7 @@ import torch
 
 from models.resnet_cifar import CifarResNet
 from utils.base.errors import UserError
-from utils.bench import gpu, latency, training
+from utils.bench import gpu, latency, shrinking, training
 
 CPU = torch.device("cpu")
 
@@ -40,6 +40,15 @@ def test_the_table_has_a_row_for_every_loop_and_the_teachers_share(tree, tmp_pat
     assert "| resnet8 | resnet20 | amp | logits:KL | " in capsys.readouterr().out
 
 
+def test_a_cut_run_is_timed_beside_the_masked_one(tmp_path):
+    flags = ["--arch", "resnet8", "--images", "16", "--batch_size", "8", "--repeats", "5", "--device", "cpu"]
+    shrinking.main([*flags, "--save_path", str(tmp_path)])
+    masked, cut = json.loads((tmp_path / "shrinking_cpu.json").read_text())["timings"]
+    assert (masked["run"], cut["run"], masked["of the masked run's"]) == ("masked", "cut", 1)
+    assert cut["of the masked run's"] == cut["whole run (s)"] / masked["whole run (s)"]
+    assert cut["after / before"] == cut["after"] / cut["images/s before"]
+
+
 def test_the_command_for_a_gpu_runs_with_small_numbers(tmp_path):
     """A part of the tests, a training loop, the optimizer in both layouts."""
     gpu.main(["--quick", "--out", str(tmp_path)])
@@ -53,6 +62,7 @@ def test_the_command_for_a_gpu_runs_with_small_numbers(tmp_path):
     "main, flags, message",
     [
         (training.main, ["--arch", "resnet21"], "resnet21"),
+        (shrinking.main, ["--repeats", "4"], "of which 5 are needed"),
         (latency.main, [], "name a checkpoint, or a network with --arch"),
         (latency.main, ["--arch", "lenet"], "unknown network 'lenet'"),
         (latency.main, ["--arch", "resnet8", "--HTrate", "0.001"], r"--HTrate 0\.001"),
