@@ -1,23 +1,57 @@
 """The training benchmark trains what it is told to, and reports what it measured."""
 
 import argparse
+import copy
 import json
 
 import pytest
 import torch
 
+from AHSG_HT import AHSG_HT
 from models.resnet_cifar import CifarResNet
 from utils.base.errors import UserError
 from utils.bench import gpu, latency, shrinking, training
+from utils.bench.optimizer import HT_RECIPE
+from utils.bench.original_loop import PerFilterLoop, train_epoch_original
+from utils.train.engine import RunningMeans, train_step
+from utils.train.objective import cross_entropy
 
 CPU = torch.device("cpu")
 
 
+def test_both_loops_take_the_same_steps():
+    """In double precision: losses, accuracies, weights, BatchNorm statistics and removed filters after four steps."""
+    generator = torch.Generator().manual_seed(0)
+    shape = dict(generator=generator, dtype=torch.float64)
+    sizes = [8, 12, 16, 3]
+    batches = [(torch.randn(n, 3, 16, 16, **shape), torch.randint(0, 10, (n,), generator=generator)) for n in sizes]
+    torch.manual_seed(0)
+    ours = CifarResNet(8).double()
+    theirs = copy.deepcopy(ours)
+    ours.to(memory_format=torch.channels_last).train()
+    recipe = HT_RECIPE | {"lr": 0.05}
+    fast, means = AHSG_HT(ours.parameters(), **recipe), RunningMeans(CPU)
+    for t, (x, y) in enumerate(batches):
+        train_step(cross_entropy, ours, x, y, fast, means, device=CPU, size=sizes[t])
+    loop = PerFilterLoop(list(theirs.parameters()), **recipe)
+    expected = train_epoch_original(theirs, batches, cross_entropy, loop, CPU)
+    found = means.read()
+    assert (found.loss, found.top1, found.top5) == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()), rtol=1e-6, atol=1e-9)
+    assert sum(not f.any() for f in theirs.stage_1[0].conv_a.weight) == 5
+
+
 def test_every_loop_and_loss_trains_the_images_asked_for(tree):
-    args = argparse.Namespace(dataset="folder", data_path=str(tree), images=24, batch_size=16, device=CPU)
+    args = argparse.Namespace(dataset="folder", data_path=str(tree), images=24, batch_size=16, device=CPU, workers=0)
     images = training.load_images(args)
     teacher = CifarResNet(14, num_classes=args.classes).eval()
-    for loop, term in [("plain", "none"), ("amp", "none"), ("plain", "logits:KL"), ("plain", "stages:AT")]:
+    for loop, term in [
+        ("original", "none"),
+        ("plain", "none"),
+        ("amp", "none"),
+        ("plain", "logits:KL"),
+        ("plain", "stages:AT"),
+    ]:
         train = training.make_loop(loop, term, "resnet8", teacher, images, args)
         losses = [train() for _ in range(4)]
         assert losses[-1] < losses[0], (loop, term)

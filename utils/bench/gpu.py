@@ -15,10 +15,10 @@ from utils.bench import optimizer, training
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ["tests/test_bench_optimizer.py", "tests/test_optimizer_on_gpus.py", "tests/test_optimizer.py"]
-TRAINING = ["--dataset", "synthetic", "--images", "9984", "--loops", "plain", "amp", "compile", "both"]
+TRAINING = ["--dataset", "synthetic", "--images", "9984", "--loops", "original", "plain", "amp", "compile", "both"]
 QUICK_TESTS = ["--noconftest", "-k", "waits", TESTS[0]]
 QUICK = ["--arch", "resnet20", "--repeats", "2"]
-QUICK_TRAINING = [*QUICK, "--dataset", "synthetic", "--images", "32", "--batch_size", "16"]
+QUICK_TRAINING = [*QUICK, "--dataset", "synthetic", "--loops", "plain", "--images", "32", "--batch_size", "16"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

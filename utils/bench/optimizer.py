@@ -1,4 +1,4 @@
-"""Times a step of the optimizer beside torch's SGD.
+"""Times a step of the optimizer beside torch's SGD and a per-filter loop as in the authors' release.
 
     python -m utils.bench.optimizer                                   # every network, on the GPU where there is one
     python -m utils.bench.optimizer --device cpu --arch resnet56 --channels_last --save_path results/bench_optimizer
@@ -19,6 +19,7 @@ import models
 from AHSG_HT import AHSG_HT
 from utils.base.errors import UserError, run_main
 from utils.bench.common import benchmark_parser, parse_benchmark, publish, take_turns
+from utils.bench.original_loop import PerFilterLoop
 
 NETS = ("resnet20", "resnet56", "resnet110", "vgg16_bn", "resnet50")
 SGD_RECIPE = dict(lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -29,6 +30,7 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], object]] = {
     "SGD foreach": lambda params: torch.optim.SGD(params, foreach=True, **SGD_RECIPE),
     "SGD fused": lambda params: torch.optim.SGD(params, fused=True, **SGD_RECIPE),
     "AHSG-HT": lambda params: AHSG_HT(params, **HT_RECIPE),
+    "per-filter loop": lambda params: PerFilterLoop(params, **HT_RECIPE),
 }
 
 

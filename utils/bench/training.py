@@ -1,7 +1,7 @@
-"""Times the training loop: number formats, compilation, teachers and losses beside each other, in turn.
+"""Times training loops in turn: one as in the authors' release (utils.bench.original_loop), number formats, losses.
 
     python -m utils.bench.training data/cifar10                                 # ResNet-20, ResNet-56, VGG-16-bn
-    python -m utils.bench.training data/cifar10 --arch resnet20 --loops plain amp compile both
+    python -m utils.bench.training data/cifar10 --arch resnet20 --loops original plain amp compile both
     python -m utils.bench.training --dataset synthetic --arch resnet20 --teacher resnet56 --kd logits:KL feature:MSE
 
 With a teacher each loop is timed without it and with each loss. The last column is then what the teacher adds to the
@@ -18,19 +18,22 @@ from torch import nn
 
 import data
 import models
-from utils.base.arguments import COUNT
+from AHSG_HT import AHSG_HT
+from utils.base.arguments import COUNT, WHOLE
 from utils.base.errors import UserError, run_main
 from utils.bench.common import benchmark_parser, parse_benchmark, publish, take_turns
-from utils.bench.optimizer import OPTIMIZERS
+from utils.bench.optimizer import HT_RECIPE
+from utils.bench.original_loop import PerFilterLoop, PilImages, train_epoch_original
 from utils.train.acceleration import Acceleration, accelerate
-from utils.train.device import flush_denormals, reuse_freed_memory, seed_everything
+from utils.train.device import flush_denormals, reuse_freed_memory, seed_everything, usable_cores
 from utils.train.distillation import Distillation
 from utils.train.engine import RunningMeans, train_step
 from utils.train.losses import parse_term
 from utils.train.objective import cross_entropy
 
 NETS = ("resnet20", "resnet56", "vgg16_bn")
-LOOPS = {"plain": {}, "amp": dict(amp=True), "compile": dict(compile=True), "both": dict(amp=True, compile=True)}
+LOOPS = {"original": {}, "plain": {}, "amp": dict(amp=True), "compile": dict(compile=True)}
+LOOPS["both"] = LOOPS["amp"] | LOOPS["compile"]
 FORWARD = "forward pass of the teacher"
 
 
@@ -49,11 +52,17 @@ def make_loop(
 ) -> Callable[[], float]:
     """A loop ready to train epoch after epoch; each call returns the mean loss. `term` is a loss of --kd, or none."""
     seed_everything(1)
-    net = models.build(arch, num_classes=args.classes).to(args.device, memory_format=torch.channels_last)
+    layout = torch.contiguous_format if loop == "original" else torch.channels_last
+    net = models.build(arch, num_classes=args.classes).to(args.device, memory_format=layout)
     objective = cross_entropy
     if term != "none":
         objective = Distillation(teacher, net, data.first_images(images, 2).to(args.device), [parse_term(term)])
-    optimizer = OPTIMIZERS["AHSG-HT"]([*net.parameters()])
+    if loop == "original":
+        workers = dict(num_workers=args.workers, persistent_workers=args.workers > 0)
+        loader = data.DataLoader(PilImages(images), args.batch_size, shuffle=True, seed=1, **workers)
+        optimizer = PerFilterLoop([*net.parameters()], **HT_RECIPE)
+        return lambda: train_epoch_original(net, loader, objective, optimizer, args.device)[0]
+    optimizer = AHSG_HT(net.parameters(), **HT_RECIPE)
     objective = accelerate(net, objective, args.device, Acceleration(**LOOPS[loop]), args.batch_size)
     loader = data.DataLoader(images, args.batch_size, shuffle=True, seed=1)
 
@@ -109,11 +118,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("data_path", nargs="?", default="./data", help="where the images are (./data)")
     add("--dataset", choices=list(data.DATASETS), default="cifar10", help="synthetic needs no files")
     add("--arch", nargs="+", default=NETS, help=f"networks ({' '.join(NETS)})")
-    add("--loops", nargs="+", choices=list(LOOPS), default=["plain"], help="how they compute (plain)")
+    add("--loops", nargs="+", choices=list(LOOPS), default=["original", "plain"], help="original plain")
     add("--teacher", help="a network to distil from, with random weights: only time is measured")
     add("--kd", nargs="+", default=["logits:KL"], metavar="TERM", help="losses, as of the scripts' --kd (logits:KL)")
     add("--images", type=COUNT, default=1280, help="training images a round (1280)")
     add("--batch_size", type=COUNT, default=128, help="images a mini-batch (128)")
+    add("--workers", type=WHOLE, default=usable_cores(), help="loader processes of the original loop (one a core)")
     args = parse_benchmark(parser, "training", argv)
     for arch in [*args.arch, args.teacher] if args.teacher else args.arch:
         models.check_arch(arch)
