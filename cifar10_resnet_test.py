@@ -26,7 +26,7 @@ from utils.base.arguments import OneLineParser
 from utils.base.errors import UserError, run_main
 from utils.tables.compare import comparison_line
 from utils.tables.runs import describe_source
-from utils.train import options, setup
+from utils.train import command_line, setup
 from utils.train.distributed import first_on_machine, from_first, is_first, on_all, process_group
 from utils.train.resume import choose_start
 from utils.train.trainer import Trainer
@@ -36,7 +36,7 @@ ARCH = "resnet20"
 
 
 def parser() -> OneLineParser:
-    return options.make_parser("cifar", __doc__, ARCH, ", ".join(models.REGISTRY))
+    return command_line.make_parser("cifar", __doc__, ARCH, ", ".join(models.REGISTRY))
 
 
 def settings(given: dict, adopted: dict) -> argparse.Namespace:
@@ -45,7 +45,7 @@ def settings(given: dict, adopted: dict) -> argparse.Namespace:
     Raises:
         UserError: an unknown network, or options that contradict each other.
     """
-    args = options.resolve(given, adopted, family="cifar", arch=ARCH)
+    args = command_line.resolve(given, adopted, family="cifar", arch=ARCH)
     args.data_path = args.data_path or "./data"
     args.workers = args.workers or 0
     for arch in (args.arch, args.student):
@@ -61,7 +61,7 @@ def settings(given: dict, adopted: dict) -> argparse.Namespace:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The settings of a command line by itself."""
-    return settings(options.parse(parser(), argv), {})
+    return settings(command_line.parse(parser(), argv), {})
 
 
 def load_images(args: argparse.Namespace, device: torch.device) -> data.Data:
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     """Runs the command line (the process's own by default); returns the run's folder, None after --evaluate."""
     # Settings.
     argv = sys.argv[1:] if argv is None else argv
-    given = options.parse(parser(), argv)
+    given = command_line.parse(parser(), argv)
     with process_group(given) as device:
         args, start = from_first(lambda: choose_start(given, settings, ARCH))
         teacher = on_all(lambda: setup.load_teacher(args, SCRIPT))

@@ -25,7 +25,7 @@ from models.pretrained import load_pretrained
 from utils.base.arguments import OneLineParser
 from utils.base.errors import UserError, run_main
 from utils.tables.compare import comparison_line
-from utils.train import options, setup
+from utils.train import command_line, setup
 from utils.train.device import usable_cores
 from utils.train.distributed import (
     copy_from_first,
@@ -45,7 +45,7 @@ SIZES = {"inception_v3": 299}
 
 
 def parser() -> OneLineParser:
-    return options.make_parser("imagenet", __doc__, ARCH, "any classification network of torchvision")
+    return command_line.make_parser("imagenet", __doc__, ARCH, "any classification network of torchvision")
 
 
 def settings(given: dict, adopted: dict) -> argparse.Namespace:
@@ -58,7 +58,7 @@ def settings(given: dict, adopted: dict) -> argparse.Namespace:
     if "data_path" not in given and pretrain and os.path.isdir(pretrain):
         # `--use_pretrain DATA`, as soft filter pruning's script takes it: the folder is the data.
         given = {**given, "data_path": pretrain, "use_pretrain": "torchvision"}
-    args = options.resolve(given, adopted, family="imagenet", arch=ARCH)
+    args = command_line.resolve(given, adopted, family="imagenet", arch=ARCH)
     if not isinstance(args.data_path, str):
         raise UserError(f"name the folder of the images: python {SCRIPT} DATA")
     for arch in (args.arch, args.student):
@@ -71,7 +71,7 @@ def settings(given: dict, adopted: dict) -> argparse.Namespace:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The settings of a command line by itself."""
-    return settings(options.parse(parser(), argv), {})
+    return settings(command_line.parse(parser(), argv), {})
 
 
 def load_images(args: argparse.Namespace) -> data.Data:
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     """Runs the command line (the process's own by default); returns the run's folder, None after --evaluate."""
     # Settings.
     argv = sys.argv[1:] if argv is None else argv
-    given = options.parse(parser(), argv)
+    given = command_line.parse(parser(), argv)
     with process_group(given) as device:
         args, start = from_first(lambda: choose_start(given, settings, ARCH))
         teacher = on_all(lambda: setup.load_teacher(args, SCRIPT))

@@ -14,7 +14,7 @@ from utils.base.signals import Stopped, stop
 from utils.tables import recipe, side_by_side
 from utils.tables.grid import plan_rows, table_parser
 from utils.tables.side_by_side import command_words
-from utils.train.options import parse
+from utils.train.command_line import parse
 
 # Behaves as the training script does towards the table, in a few milliseconds: FAIL and SLEEP name parts of folders.
 FAKE = """

@@ -4,13 +4,13 @@ import os
 from itertools import groupby
 from pathlib import Path
 
+from utils.base.arguments import OneLineParser
 from utils.base.errors import UserError
 from utils.base.files import replace_file
 from utils.tables.compare import order, published_beside
 from utils.tables.picture import draw_accuracy
 from utils.tables.published import read_published
 from utils.tables.runs import ROOT, SeedGroup, find_runs, show_path
-from utils.train.options import OneLineParser
 from utils.train.run_folder import RUNS
 
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
