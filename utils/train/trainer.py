@@ -14,13 +14,12 @@ from tqdm import tqdm
 
 import data
 from AHSG_HT import AHSG_HT
-from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 from utils.base.signals import Stopped, stop
 from utils.prune.gradual import GradualPruning
 from utils.small.filters import check_plan, count_zero_filters, kept_filters, plan_convolutions
 from utils.small.output import renumber
-from utils.train import report
+from utils.train import report, snapshot
 from utils.train.acceleration import choose_acceleration
 from utils.train.distributed import (
     LostRank,
@@ -34,7 +33,6 @@ from utils.train.distributed import (
     world_size,
 )
 from utils.train.engine import PassResult, RunningMeans, evaluate, format_pass, gather_bad_images, train_step
-from utils.train.optimizer_state import restore_optimizer, without_adapters
 from utils.train.recipes import learning_rate_at
 from utils.train.resume import Start, resume_command
 from utils.train.run_folder import RunFolder
@@ -67,6 +65,9 @@ class Trainer:
         adapters: what is trained beside the network in a distilled run.
         pruning: gradual pruning; None for the other recipes.
         thresholds: whether the optimizer thresholds filters by itself.
+        means, saved_means: of the training pass under way; those of a checkpoint that it continues from.
+        saved: file, epochs and mini-batches of the latest checkpoint.
+        kept_at_start: filters of the checkpoint that the run started from.
     """
 
     def __init__(
@@ -90,10 +91,10 @@ class Trainer:
         self.network_facts, self.facts, self.arch = network_facts, facts, args.student
         self.history: list[dict] = []
         self.epochs_done, self.position, self.best, self.pieces = 0, 0, -1.0, 1
-        self._means: RunningMeans | None = None
-        self._saved_means: dict | None = None
-        self._saved: tuple[str, int, int] | None = None
-        self._kept_at_start: dict[str, list[int]] | None = None
+        self.means: RunningMeans | None = None
+        self.saved_means: dict | None = None
+        self.saved: tuple[str, int, int] | None = None
+        self.kept_at_start: dict[str, list[int]] | None = None
         self._objective, self.adapters = objective, getattr(objective, "adapters", None)
         self.acceleration = choose_acceleration(args, device)
         largest = max(max(train_loader.sizes(epoch)) for epoch in (0, args.epochs - 1))
@@ -113,7 +114,7 @@ class Trainer:
         if world_size() > 1:
             torch.manual_seed(args.manualSeed + rank() * 0x9E3779B1)  # every rank its own dropout
         if start.checkpoint:
-            self.restore(start.checkpoint, args.resume, continues=start.continues)
+            snapshot.restore(self, start.checkpoint, args.resume, continues=start.continues)
         self.pruning: GradualPruning | None = None
         if args.recipe == "prune_gradual":
             names = ("HTrate", "macs_cut", "tied", "round_to", "allocation", "shrink")
@@ -168,7 +169,7 @@ class Trainer:
             yield
         except Stopped as stopped:
             script, *argv = self.command
-            command = resume_command(script, argv, self._saved[0], launcher()) if self._saved else None
+            command = resume_command(script, argv, self.saved[0], launcher()) if self.saved else None
             stopped = Stopped(stopped.signum, self.last_good(), command)
             self.run.log(f"\n{stopped}", show=False)
             raise stopped from None
@@ -176,8 +177,8 @@ class Trainer:
             if not is_lost_connection(error):
                 raise
             remedy = "start the run again"
-            if self._saved:
-                remedy = f"with any number of processes continue with --resume {shlex.quote(self._saved[0])}"
+            if self.saved:
+                remedy = f"with any number of processes continue with --resume {shlex.quote(self.saved[0])}"
             raise LostRank(f"{describe_loss(error)}; {self.last_good()}; {remedy}") from None
 
     def _run_epoch(self, epoch: int) -> None:
@@ -201,7 +202,7 @@ class Trainer:
         losses = dict(train_loss=trained.loss, train_acc=trained.top1, test_loss=tested.loss, test_acc=tested.top1)
         times = dict(images_per_s=trained.images_per_s, seconds=trained.seconds + tested.seconds)
         self.history.append(dict(epoch=epoch, lr=learning_rate_at(epoch, vars(self.args)), **losses, **times))
-        self.epochs_done, self.position, self._means = epoch + 1, 0, None
+        self.epochs_done, self.position, self.means = epoch + 1, 0, None
         is_best = tested.top1 > self.best
         self.best = max(self.best, tested.top1)
         self._save(is_best=is_best)
@@ -213,8 +214,8 @@ class Trainer:
         sizes, first = loader.sizes(epoch), self.position
         steps, before = len(sizes), self.steps_before(epoch)
         loader.load_state_dict({"seed": loader.seed, "epoch": epoch, "position": first})
-        means = self._means = RunningMeans(self.device, self._saved_means)
-        self._saved_means = None
+        means = self.means = RunningMeans(self.device, self.saved_means)
+        self.saved_means = None
         net.train()
         of_all = dict(device=self.device, epoch=epoch, max_images=args.max_images_per_step)
         of_all["normalise"] = loader.dataset.normalise
@@ -251,7 +252,7 @@ class Trainer:
             average_batchnorm(net)
             if self.thresholds:
                 try:
-                    check_plan(self.plan, self.kept(), self._kept_at_start)
+                    check_plan(self.plan, self.kept(), self.kept_at_start)
                 except UserError as error:
                     raise UserError(f"after epoch {epoch}: {error}; {self.last_good()}") from None
         result = means.read()
@@ -301,88 +302,16 @@ class Trainer:
             raise Stopped(signum)
 
     def _save(self, *, is_best: bool) -> None:
-        self.run.save_checkpoint(self.checkpoint(), is_best)
-        self._saved = str(self.run.checkpoint_path(self.arch)), self.epochs_done, self.position
+        self.run.save_checkpoint(snapshot.take(self), is_best)
+        self.saved = str(self.run.checkpoint_path(self.arch)), self.epochs_done, self.position
 
     def last_good(self) -> str:
         """What is on the disk, in words."""
-        if self._saved is None:
+        if self.saved is None:
             return "no checkpoint has been written yet"
-        file, epochs, position = self._saved
+        file, epochs, position = self.saved
         within = f" and {position} mini-batches of the next" if position else ""
         return f"'{file}' holds {epochs} of {self.args.epochs} epochs{within}"
-
-    def checkpoint(self) -> dict:
-        """The keys of the release (epoch, arch, state_dict, best_prec1, optimizer), and what exact resumption needs.
-
-        All ranks must call it together.
-        """
-        random_states, several = gather(checkpoints.random_states()), world_size() > 1
-        buffers = gather({n: b.cpu() for n, b in self.net.named_buffers()}) if several and self.position else None
-        return {
-            "epoch": self.epochs_done,
-            "arch": self.arch,
-            "state_dict": self.net.state_dict(),
-            "best_prec1": self.best,
-            "optimizer": self.optimizer.state_dict(),
-            "num_classes": len(self.images.classes),
-            "dataset": self.args.dataset,
-            **self.network_facts,
-            "settings": vars(self.args),
-            "history": self.history,
-            "pieces": self.pieces,
-            "cost": self.cost,
-            "shapes": self.shapes,
-            "numbering": self.numbering,
-            "kept": self.present(),
-            "random_states": random_states[0],
-            **({"random_states_of_ranks": random_states} if several else {}),
-            "loader": {"seed": self.train_loader.seed, "epoch": self.epochs_done, "position": self.position},
-            # Within an epoch: the means so far, and each rank's BatchNorm statistics, averaged at the end of the epoch.
-            **({"running_means": self._means.state_dict()} if self.position else {}),
-            **({"batchnorm_of_ranks": buffers} if buffers else {}),
-            # The student's weights stay deployable by themselves: what only training needs is kept apart.
-            **({"adapters": self.adapters.state_dict()} if self.adapters is not None else {}),
-            **({"pruning": self.pruning.state_dict()} if self.pruning is not None else {}),
-        }
-
-    def restore(self, checkpoint: dict, path: str, *, continues: bool) -> None:
-        """Takes weights and momentum from a checkpoint; a run that `continues` also epochs, metrics and random states.
-
-        Raises:
-            UserError: weights or optimizer are of another network.
-        """
-        checkpoints.load_weights(self.net, checkpoint["state_dict"], path)
-        self._kept_at_start = kept_filters(self.net, getattr(self.optimizer, "additives", None))
-        if self.adapters is not None and "adapters" in checkpoint:
-            checkpoints.load_weights(self.adapters, checkpoint["adapters"], path)
-        if "optimizer" in checkpoint:
-            saved = checkpoint["optimizer"]
-            restore_optimizer(self.optimizer, saved if continues else without_adapters(saved, self.net), path)
-        if not continues:
-            return
-        self.epochs_done = checkpoint.get("epoch", 0)
-        if "settings" not in checkpoint:
-            return
-        self.history.extend(checkpoint["history"])
-        self.best = checkpoint["best_prec1"]
-        self.pieces = checkpoint["pieces"] + 1
-        self.train_loader.load_state_dict(checkpoint["loader"])
-        self.position = checkpoint["loader"]["position"]
-        self._saved_means = checkpoint["running_means"] if self.position else None
-        self._saved = path, self.epochs_done, self.position
-        buffers = checkpoint.get("batchnorm_of_ranks", [])
-        if len(buffers) == world_size():
-            for name, buffer in self.net.named_buffers():
-                buffer.copy_(buffers[rank()][name])
-        states = checkpoint.get("random_states_of_ranks", [checkpoint["random_states"]])
-        if rank() == 0 or len(states) == world_size():
-            checkpoints.restore_random_states(states[rank()])
-        if len(states) != world_size():
-            self.start.notes.append(
-                f"note: '{path}' was written by {len(states)} processes, this run has {world_size()}: mini-batches and "
-                "weights continue unchanged; BatchNorm's statistics and dropout depend on how a mini-batch is split"
-            )
 
     def finish(self) -> dict | None:
         """Writes the small network of a pruned run, curves.png and results.json; the results, None without an epoch.
