@@ -22,12 +22,15 @@ from tiny import make_teacher, make_tree
 def variants(tree: Path, teacher: Path) -> dict[str, tuple[list, int]]:
     """{name: (command line, ranks)}."""
     distilled = [tree, "--arch", "resnet8", "--arch_small", "resnet8_dropout", "--teacher", teacher, *FLAGS[2:]]
+    gradual = [tree, *FLAGS, "--recipe", "prune_gradual", "--macs_cut", "0.5", "--warmup", "0", "--lr", "0.05"]
     return {
         "one process": ([tree, *FLAGS], 1),
         "2 workers": ([tree, *FLAGS, "--workers", "2"], 1),
         "with a teacher": (distilled, 1),
         "two processes": ([tree, *FLAGS], 2),
         "three processes": ([tree, *FLAGS], 3),
+        "gradual pruning": (gradual, 1),
+        "gradual pruning, two processes": (gradual, 2),
     }
 
 
