@@ -9,9 +9,7 @@ from data.image_trees import find_tree, list_tree
 from data.sources import Data
 
 
-def load_imagenet(
-    path: str | os.PathLike, *, size: int = 224, seed: int = 0, on_bad_image: str = "skip", name: str = "imagenet"
-) -> Data:
+def load_imagenet(path: str | os.PathLike, *, size: int = 224, seed: int = 0, on_bad_image: str = "skip") -> Data:
     """Lists the files of a tree; nothing is decoded yet.
 
     Args:
@@ -39,4 +37,4 @@ def load_imagenet(
         )
         for split, folder in zip(("train", "test"), found, strict=True)
     )
-    return Data(name, train, test, classes, f"image tree {path}")
+    return Data("imagenet", train, test, classes, f"image tree {path}")

@@ -58,8 +58,8 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def append_line(path: Path, line: str, *, durable: bool = False) -> None:
-    """Appends a line, given without its newline, completely or not at all; durable: on the disk when this returns.
+def append_line(path: Path, line: str) -> None:
+    """Appends a line, given without its newline, completely or not at all.
 
     Raises:
         OSError: of the system; the file ends with the line before.
@@ -71,8 +71,6 @@ def append_line(path: Path, line: str, *, durable: bool = False) -> None:
         try:
             if file.write(content) != len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if durable:
-                os.fsync(file.fileno())
         except OSError:
             file.truncate(size)
             raise
