@@ -49,13 +49,16 @@ def make_parser(script: str, description: str, arch: str, archs: str) -> OneLine
 
 
 def _add(group: argparse._ArgumentGroup, option: Option, recipes: dict[str, dict]) -> None:
-    help = option.help
-    if option.default is RECIPE and "recipe" not in help:
-        names = [name for name in ("baseline", "prune") if recipes[name][option.name] is not None]
-        texts = [str(recipes[name][option.name]).strip("[]").replace(",", "").replace("True", "on") for name in names]
+    help, name = option.help, option.name
+    if option.default is RECIPE and option.only == "gradual":
+        ours = recipes["prune_gradual"]
+        help += f" ({ours[name]}; from a trained network {ours['trained'][name]})"
+    elif option.default is RECIPE and "recipe" not in help:
+        values = [recipes[recipe][name] for recipe in ("baseline", "prune") if recipes[recipe][name] is not None]
+        texts = [str(value).strip("[]").replace(",", "").replace("True", "on") for value in values]
         help += f" (recipe: {', pruning '.join(dict.fromkeys(texts)) or 'none'})"
     kind = dict(action="store_true") if option.type is None else dict(type=option.type, **option.settings)
-    group.add_argument(f"--{option.name}", *option.flags, help=help.replace("%", "%%"), **kind)
+    group.add_argument(f"--{name}", *option.flags, help=help.replace("%", "%%"), **kind)
 
 
 def parse(parser: OneLineParser, argv: Sequence[str]) -> dict:
