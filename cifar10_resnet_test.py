@@ -107,7 +107,6 @@ def main(argv: list[str] | None = None) -> Path | None:
         # Data.
         images = first_on_machine(lambda: load_images(args, device))
         usual = setup.use_normalisation(images, start)
-        network_facts = {"input_shape": list(images.train.image_shape), "normalisation": images.normalisation}
 
         # Networks and teacher.
         net = on_all(lambda: build_network(args, images, start.checkpoint))
@@ -126,7 +125,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         # Train, then cut out the small network.
         trainer = Trainer(
             [SCRIPT, *argv], args, start, images, net, optimizer, objective, train_loader, test_loader, device,
-            network_facts=network_facts, facts=facts,
+            facts,
         )  # fmt: skip
         with on_all(lambda: setup.open_folder(args, start)) as run:
             trainer.train(run)

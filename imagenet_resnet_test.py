@@ -28,7 +28,6 @@ from utils.tables.compare import comparison_line
 from utils.train import command_line, setup
 from utils.train.device import usable_cores
 from utils.train.distributed import (
-    copy_from_first,
     first_on_machine,
     from_first,
     local_world_size,
@@ -98,9 +97,7 @@ def load_trained(net: nn.Module, args: argparse.Namespace) -> str | None:
     if not args.use_pretrain or args.resume:
         return None
     file = None if args.use_pretrain == "torchvision" else args.use_pretrain
-    source = from_first(lambda: load_pretrained(net, args.student, file))
-    copy_from_first(net)
-    return source
+    return first_on_machine(lambda: load_pretrained(net, args.student, file))
 
 
 def main(argv: list[str] | None = None) -> Path | None:
@@ -127,8 +124,6 @@ def main(argv: list[str] | None = None) -> Path | None:
         test_loader = on_all(lambda: setup.build_test_loader(images, args, device))
         objective, facts = setup.build_objective(teacher, net, images, test_loader, args, usual)
         facts |= {"pretrained": source} if source else {}
-        network_facts = {"library": "torchvision", "input_shape": list(images.train.image_shape)}
-        network_facts["normalisation"] = images.normalisation
 
         # Optimizer.
         example = data.first_images(images.test, 2).to(device)
@@ -137,7 +132,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         # Train, then cut out the small network.
         trainer = Trainer(
             [SCRIPT, *argv], args, start, images, net, optimizer, objective, train_loader, test_loader, device,
-            network_facts=network_facts, facts=facts,
+            facts,
         )  # fmt: skip
         with on_all(lambda: setup.open_folder(args, start)) as run:
             trainer.train(run)

@@ -2,11 +2,10 @@
 
 from data.cifar import NoData
 from data.image_files import ImageFiles
-from data.imagenet import load_imagenet
 from data.images import ImageArrays
 from data.loader import DataLoader, check_shared_memory, first_images
 from data.sampler import GrowingBatchSampler
-from data.sources import DATASETS, Data, Spec, find_or_download, load
+from data.sources import DATASETS, Data, Spec, find_or_download, load, load_imagenet
 
 __all__ = ["DATASETS", "Data", "DataLoader", "GrowingBatchSampler", "ImageArrays", "ImageFiles", "NoData", "Spec"]
 __all__ += ["check_shared_memory", "find_or_download", "first_images", "load", "load_imagenet"]

@@ -1,4 +1,4 @@
-"""The data sets that are read into memory, one record each.
+"""The data sets: those that are read into memory, one record each, and ImageNet, which stays in its files.
 
 To add one whose images are a tree train/<class>/*, test/<class>/*, add its record to RECORDS:
 
@@ -139,6 +139,30 @@ def _check_made(spec: Spec, arrays: Arrays, classes: list[str]) -> None:
             raise UserError(
                 f"data set {spec.name}: {split} labels must be torch.int64 below {len(classes)}, got {found}"
             )
+
+
+def load_imagenet(path: str | os.PathLike, *, size: int = 224, seed: int = 0, on_bad_image: str = "skip") -> Data:
+    """ImageNet, or any tree of images of ordinary size; files are listed, nothing is decoded yet.
+
+    Args:
+        path: holds train/<class>/ and val/<class>/ (or test/<class>/).
+        size, seed, on_bad_image: see ImageFiles.
+
+    Raises:
+        UserError: no such tree, as where ImageNet's archives are not unpacked.
+    """
+    # The images in ImageNet's test/ have no published labels.
+    found = find_tree(Path(path), ("val", "test"))
+    if not found:
+        expected = f"{path}/train/<class>/<image> and {path}/val/<class>/<image>"
+        raise cifar.NoData(f"no image tree at '{path}': expected {expected}")
+    files, classes = list_tree(*found)
+    options, parts = dict(size=size, seed=seed, on_bad_image=on_bad_image), []
+    for split, folder in zip(("train", "test"), found, strict=True):
+        names = [file.removeprefix(f"{folder}{os.sep}") for file, _ in files[split]]
+        labels = [label for _, label in files[split]]
+        parts.append(ImageFiles(folder, names, labels, augment=split == "train", **options))
+    return Data("imagenet", *parts, classes, f"image tree {path}")
 
 
 def find_or_download(name: str, path: str | os.PathLike, *, download: bool = True) -> tuple[Path, Path] | Path:

@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from argparse import Namespace
 
 import pytest
 import torch
@@ -18,12 +19,14 @@ from models import narrow_like
 from models.resnet_cifar import CifarResNet
 from utils.base.errors import UserError
 from utils.prune.gradual import GradualPruning
+from utils.small.cut import make_small
 from utils.small.filters import kept_filters
 from utils.train import distributed, engine
 from utils.train.distillation import Distillation
 from utils.train.engine import evaluate
 from utils.train.losses import parse_term
 from utils.train.objective import cross_entropy
+from utils.train.setup import place_network
 from utils.train.trainer import check_same_on_all_ranks
 
 CPU = torch.device("cpu")
@@ -165,10 +168,7 @@ def one_rank(rank, port, folder):
     os.environ.update({name: str(value) for name, value in names.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     with distributed.process_group({"ngpu": 0, "dist_timeout": 60}):
-        torch.manual_seed(rank)
-        report = {"copied": CifarResNet(8)}
-        distributed.copy_from_first(report["copied"])
-        report.update({name: train(**options) for name, options in RUNS.items()})
+        report = {name: train(**options) for name, options in RUNS.items()}
         report["plain resumed"] = train(epochs=range(1, 4), before=train(epochs=range(1)))
         begun = train(gradual=True, epochs=range(2))
         report["gradual resumed"] = train(gradual=True, epochs=range(2, 4), before=begun)
@@ -217,8 +217,6 @@ def test_ranks_hold_the_same_bits(ranks):
     for name in (*RUNS, "batchnorm"):
         first, *others = (report[name]["weights"] for report in ranks)
         assert all(torch.equal(first[key], other[key]) for other in others for key in first), name
-    first, *others = (report["copied"].state_dict() for report in ranks)
-    assert all(torch.equal(first[key], other[key]) for other in others for key in first)
 
 
 def test_three_resumed_processes_add_in_the_same_order(ranks):
@@ -313,17 +311,12 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         distributed.own_gpu(2, 2)
 
 
-def test_sync_batchnorm_and_back_keep_names_and_tensors():
-    net = CifarResNet(8).eval()
-    before = net.state_dict(keep_vars=True)
-    synced = distributed.synchronise_batchnorm(net, torch.device("cuda"))
-    plain = distributed.plain_batchnorm(synced)
-    after = plain.state_dict(keep_vars=True)
-    assert list(after) == list(before) and all(after[name] is before[name] for name in before)
-    kinds = {type(m) for m in plain.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    assert kinds == {nn.BatchNorm2d} and not any(m.training for m in plain.modules())
+def test_sync_batchnorm_is_for_gpus_and_keeps_names():
     with pytest.raises(UserError, match="--sync_bn works on GPUs only"):
-        distributed.synchronise_batchnorm(net, CPU)
+        place_network(CifarResNet(8), Namespace(sync_bn=True), CPU)
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(CifarResNet(8)).eval()
+    small, _ = make_small(synced, torch.zeros(1, 3, 32, 32))
+    assert list(small.state_dict()) == list(CifarResNet(8).state_dict()), "it is cut and saved as any other"
 
 
 LOST = [

@@ -106,7 +106,7 @@ def test_a_network_in_training_is_compiled_after_every_cut(monkeypatch):
 
     run = SimpleNamespace(acceleration=SimpleNamespace(compile=True), net=net, device=None, _largest=8, _objective=None)
     monkeypatch.setattr(
-        "utils.train.trainer.wrap_objective",
+        "utils.train.trainer.accelerate",
         lambda *rest: torch.compile(torch.nn.Linear(4, 4).forward, backend=backend),
     )
     for _ in range(12):

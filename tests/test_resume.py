@@ -11,9 +11,9 @@ import cifar10_resnet_test as script
 import models
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError, run_main
-from utils.train.optimizer_state import restore_optimizer
 from utils.train.resume import Start
 from utils.train.setup import build_optimizer
+from utils.train.snapshot import restore_optimizer
 
 NAME = "checkpoint.resnet8.pth.tar"
 

@@ -4,10 +4,7 @@ loss = ce_weight * cross-entropy + sum over the terms of weight * loss(student, 
 """
 
 import copy
-import hashlib
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -144,8 +141,3 @@ def prepare_teacher(teacher: nn.Module) -> nn.Module:
                 parent, _, last = name.rpartition(".")
                 setattr(teacher.get_submodule(parent), last, module)
     return teacher.eval().to(memory_format=torch.channels_last)
-
-
-def checksum(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

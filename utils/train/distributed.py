@@ -233,14 +233,6 @@ class _NetworkAndObjective(nn.Module):
 
 
 @torch.no_grad()
-def copy_from_first(net: nn.Module) -> None:
-    """Gives every rank the parameters and buffers of rank 0; the network is on the CPU."""
-    if world_size() > 1:
-        for value in net.state_dict().values():
-            dist.broadcast(value, src=0, group=_objects)
-
-
-@torch.no_grad()
 def average_batchnorm(net: nn.Module) -> None:
     """Gives the running statistics of BatchNorm their mean over ranks, so that all test and save the same network.
 
@@ -253,25 +245,6 @@ def average_batchnorm(net: nn.Module) -> None:
             statistic.copy_(sum_over_ranks(statistic) / world_size())
         # The largest: an empty share does not count as a mini-batch.
         dist.all_reduce(module.num_batches_tracked, op=dist.ReduceOp.MAX)
-
-
-def synchronise_batchnorm(net: nn.Module, device: torch.device) -> nn.Module:
-    """The network with BatchNorm over all ranks, with the same tensors; UserError on CPUs, where torch has none."""
-    if device.type != "cuda":
-        raise UserError("--sync_bn works on GPUs only, as torch's SyncBatchNorm; leave it out")
-    return nn.SyncBatchNorm.convert_sync_batchnorm(net)
-
-
-def plain_batchnorm(net: nn.Module) -> nn.Module:
-    """The reverse of `synchronise_batchnorm`, in place, for networks that are to be traced or saved."""
-    for parent in list(net.modules()):
-        for name, norm in parent.named_children():
-            if isinstance(norm, nn.SyncBatchNorm):
-                settings = (norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-                plain = nn.BatchNorm2d(*settings)
-                plain.load_state_dict(norm.state_dict(keep_vars=True), assign=True)
-                setattr(parent, name, plain.train(norm.training))
-    return net
 
 
 def is_lost_connection(error: BaseException) -> bool:

@@ -1,22 +1,22 @@
 """What a run reports: its settings in the log, results.json, curves.png and the small network."""
 
 import copy
+import io
 import shlex
 import time
 from itertools import groupby
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 import data
 from utils.base.errors import UserError
-from utils.small.counts import multiply_adds
+from utils.base.files import replace_file
 from utils.small.cut import make_small
 from utils.small.filters import format_plan
 from utils.small.output import COMPARED, small_table, write_small
-from utils.train.curves import draw_curves
 from utils.train.device import describe_machine, describe_versions
-from utils.train.distributed import is_first, launcher, local_world_size, plain_batchnorm, world_size
+from utils.train.distributed import is_first, launcher, local_world_size, world_size
 from utils.train.engine import PassResult
 
 TIME_FORMAT = "%Y-%m-%d-%H:%M:%S"
@@ -83,6 +83,35 @@ def write_report(trainer, *, curves: bool) -> dict:
     return results
 
 
+def draw_curves(history: list[dict], title: str, path: Path) -> None:
+    """Writes a PNG with top-1 accuracy on the left and loss on the right, training and test.
+
+    Args:
+        history: rows of metrics.csv.
+        title: above both.
+        path: of the PNG.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [row["epoch"] for row in history]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for panel, kind, label in zip(panels, ("acc", "loss"), ("top-1 accuracy (%)", "loss"), strict=True):
+        for split in ("train", "test"):
+            values = [row[f"{split}_{kind}"] for row in history]
+            marker = "o" if len(epochs) <= 30 else None
+            panel.plot(epochs, values, marker=marker, markersize=3, label=f"{split}, last {values[-1]:.2f}")
+        panel.set(xlabel="epoch", ylabel=label)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.suptitle(title)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    replace_file(path, picture.getvalue())
+
+
 def title(arch: str, args) -> str:
     """What the curves are of."""
     cut = f", {100 * args.macs_cut:g} % of the multiply-adds cut" if args.macs_cut else ""
@@ -132,18 +161,12 @@ def results_of(trainer) -> dict:
     }
 
 
-def count_network(net: nn.Module, example: Tensor) -> dict[str, int]:
-    """Parameters and multiply-adds of the network before anything is removed."""
-    macs = sum(multiply_adds(copy.deepcopy(net).cpu(), example).values())
-    return {"multiply_adds": macs, "parameters": sum(p.numel() for p in net.parameters())}
-
-
 def write_small_network(trainer) -> dict:
     """Cuts the zeroed filters out and writes small.<arch>.pth.tar; what results.json records of it."""
     # As many pixels as there are in so many CIFAR images: a large network would be compared for minutes.
     pixels = trainer.example[0, 0].numel()
     images = data.first_images(trainer.images.test, max(16, COMPARED * 32 * 32 // pixels)).cpu().contiguous()
-    masked = plain_batchnorm(copy.deepcopy(trainer.net)).cpu().eval()
+    masked = copy.deepcopy(trainer.net).cpu().eval()
     entries = {"dataset": trainer.args.dataset, "state_dict": masked.state_dict(), **trainer.network_facts}
     entries["kept"] = trainer.present()
     try:

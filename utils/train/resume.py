@@ -10,6 +10,7 @@ auto` takes the one that is furthest on among those that can be read, and names 
 """
 
 import argparse
+import hashlib
 import os
 import shlex
 import sys
@@ -20,7 +21,6 @@ from pathlib import Path
 import models
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
-from utils.train.distillation import checksum
 from utils.train.options import ALL, alternatives
 from utils.train.recipes import START_TRAINED
 from utils.train.run_folder import RUNS, check_free, check_writable, new_run_path
@@ -71,7 +71,7 @@ def choose_start(
     checkpoint = models.load_checkpoint(resume, arch) if read else None
     args = settings(given, adopted_settings(given, checkpoint))
     has_teacher = args.teacher and os.path.isfile(args.teacher) and not args.evaluate
-    args.teacher_sha256 = checksum(args.teacher) if has_teacher else None
+    args.teacher_sha256 = hashlib.sha256(Path(args.teacher).read_bytes()).hexdigest() if has_teacher else None
     notes: list[str] = []
     if resume == "auto":
         file, checkpoint, modified = _find_run(args, notes) or (None, None, None)

@@ -18,17 +18,15 @@ from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 from utils.base.signals import stop
 from utils.small.filters import filter_additives
-from utils.train.acceleration import Acceleration, accelerate, make_deterministic
+from utils.train.acceleration import make_deterministic
 from utils.train.device import flush_denormals, reuse_freed_memory, seed_everything
 from utils.train.distillation import Distillation
 from utils.train.distributed import (
     Agreement,
-    ParallelObjective,
     average_batchnorm,
     is_first,
     local_world_size,
     on_all,
-    synchronise_batchnorm,
     world_size,
 )
 from utils.train.engine import evaluate, format_pass, gather_bad_images, to_device
@@ -113,16 +111,6 @@ def build_objective(
     return objective, {"teacher": facts}
 
 
-def wrap_objective(objective, net: nn.Module, device: torch.device, how: Acceleration, largest: int):
-    """The objective as the training step calls it: in bfloat16, compiled, over all processes.
-
-    Args:
-        largest: images of the largest mini-batch that a process takes through the network at once.
-    """
-    objective = accelerate(net, objective, device, how, largest)
-    return ParallelObjective(net, objective, device) if world_size() > 1 else objective
-
-
 def build_optimizer(
     net: nn.Module, adapters: nn.Module | None, args: argparse.Namespace, example: Tensor, start: Start
 ):
@@ -135,7 +123,6 @@ def build_optimizer(
     Raises:
         UserError: a rate that keeps no filter of a layer.
     """
-    groups = [{"params": list(net.parameters())}]
     common = dict(lr=args.learning_rate, momentum=args.momentum, weight_decay=args.decay)
     common["nesterov"] = args.nesterov and args.momentum > 0
     gradual = args.recipe == "prune_gradual"
@@ -145,7 +132,7 @@ def build_optimizer(
     # A convolution that makes the logits keeps all of its filters, which are the classes; adapters are not thresholded.
     head = net.get_submodule(last_layer(net))
     whole = list(head.parameters()) if isinstance(head, nn.Conv2d) else []
-    groups[0]["params"] = [p for p in net.parameters() if not any(p is q for q in whole)]
+    groups = [{"params": [p for p in net.parameters() if not any(p is q for q in whole)]}]
     whole += adapters.parameters() if adapters is not None else []
     if whole:
         groups.append({"params": whole, **({} if plain else {"HTrate": 1})})
@@ -256,8 +243,10 @@ def check_input(net: nn.Module, images: data.Data, args: argparse.Namespace) -> 
 
 def place_network(net: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
     """The network on its device, in channels_last layout, with --sync_bn BatchNorm over all processes."""
+    if args.sync_bn and device.type != "cuda":
+        raise UserError("--sync_bn works on GPUs only, as torch's SyncBatchNorm; leave it out")
     net.to(device, memory_format=torch.channels_last)
-    return on_all(lambda: synchronise_batchnorm(net, device)) if args.sync_bn else net
+    return nn.SyncBatchNorm.convert_sync_batchnorm(net) if args.sync_bn else net
 
 
 def test_only(

@@ -1,6 +1,7 @@
 """A whole training run: epochs, evaluation, checkpoints, log, results and the small network. Both scripts use it."""
 
 import argparse
+import copy
 import math
 import shlex
 import time
@@ -17,12 +18,14 @@ from AHSG_HT import AHSG_HT
 from utils.base.errors import UserError
 from utils.base.signals import Stopped, stop
 from utils.prune.gradual import GradualPruning
+from utils.small.counts import count
 from utils.small.filters import check_plan, count_zero_filters, kept_filters, plan_convolutions
 from utils.small.output import renumber
 from utils.train import report, snapshot
-from utils.train.acceleration import choose_acceleration
+from utils.train.acceleration import accelerate, choose_acceleration
 from utils.train.distributed import (
     LostRank,
+    ParallelObjective,
     average_batchnorm,
     describe_loss,
     gather,
@@ -36,7 +39,6 @@ from utils.train.engine import PassResult, RunningMeans, evaluate, format_pass, 
 from utils.train.recipes import learning_rate_at
 from utils.train.resume import Start, resume_command
 from utils.train.run_folder import RunFolder
-from utils.train.setup import wrap_objective
 
 # Seconds between two drawings of the curves while a run is under way.
 DRAW_SECONDS = 60
@@ -54,7 +56,6 @@ class Trainer:
         optimizer: of its parameters and the objective's adapters.
         objective: what is minimised; see utils.train.objective.
         train_loader, test_loader: over the images.
-        network_facts: what a checkpoint must hold besides `arch` for the network to be built again.
         facts: further entries for results.json.
 
     Attributes:
@@ -63,6 +64,7 @@ class Trainer:
         position: mini-batches behind it of the epoch under way; all of them while the network is tested.
         best: best test accuracy of this run so far, in %; -1 before the first epoch.
         adapters: what is trained beside the network in a distilled run.
+        network_facts: what a checkpoint must hold besides `arch` for the network to be built again.
         pruning: gradual pruning; None for the other recipes.
         thresholds: whether the optimizer thresholds filters by itself.
         means, saved_means: of the training pass under way; those of a checkpoint that it continues from.
@@ -82,13 +84,14 @@ class Trainer:
         train_loader: data.DataLoader,
         test_loader: data.DataLoader,
         device: torch.device,
-        *,
-        network_facts: dict,
         facts: dict,
     ):
         self.command, self.args, self.start, self.images, self.device = command, args, start, images, device
         self.net, self.optimizer, self.train_loader, self.test_loader = net, optimizer, train_loader, test_loader
-        self.network_facts, self.facts, self.arch = network_facts, facts, args.student
+        self.facts, self.arch = facts, args.student
+        self.network_facts = {"input_shape": list(images.train.image_shape), "normalisation": images.normalisation}
+        if args.dataset == "imagenet":
+            self.network_facts["library"] = "torchvision"
         self.history: list[dict] = []
         self.epochs_done, self.position, self.best, self.pieces = 0, 0, -1.0, 1
         self.means: RunningMeans | None = None
@@ -103,7 +106,7 @@ class Trainer:
         saved = start.checkpoint if start.continues and "settings" in start.checkpoint else {}
         # Of the unpruned network, also where the run starts from one that has been cut already.
         first = start.checkpoint or {}
-        self.cost = first.get("cost") or report.count_network(net, self.example)
+        self.cost = first.get("cost") or count(copy.deepcopy(net).cpu(), self.example)._asdict()
         self.shapes = first.get("shapes") or {n: list(p.shape) for n, p in net.named_parameters() if p.dim() == 4}
         # Numbers of the network's filters in the unpruned one, where it begins cut.
         self.numbering = saved.get("numbering", {}) if saved else {} if first.get("small") else first.get("kept", {})
@@ -129,7 +132,8 @@ class Trainer:
         self.objective = None
         if self.acceleration.compile:
             torch._dynamo.reset()  # it compiles one function a limited number of times, here once after every cut
-        self.objective = wrap_objective(self._objective, self.net, self.device, self.acceleration, self._largest)
+        objective = accelerate(self.net, self._objective, self.device, self.acceleration, self._largest)
+        self.objective = ParallelObjective(self.net, objective, self.device) if world_size() > 1 else objective
 
     def steps_before(self, epoch: int) -> int:
         """Mini-batches of the epochs before this one."""
