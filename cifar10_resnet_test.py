@@ -59,11 +59,6 @@ def settings(given: dict, adopted: dict) -> argparse.Namespace:
     return args
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The settings of a command line by itself."""
-    return settings(command_line.parse(parser(), argv), {})
-
-
 def load_images(args: argparse.Namespace, device: torch.device) -> data.Data:
     """The data set in memory: the GPU's where there is one."""
     if args.dataset == "synthetic" and is_first():

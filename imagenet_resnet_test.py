@@ -68,11 +68,6 @@ def settings(given: dict, adopted: dict) -> argparse.Namespace:
     return args
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The settings of a command line by itself."""
-    return settings(command_line.parse(parser(), argv), {})
-
-
 def load_images(args: argparse.Namespace) -> data.Data:
     """The image files, decoded when they are needed."""
     return data.load_imagenet(

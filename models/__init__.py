@@ -6,14 +6,14 @@ models.load("best.resnet20.pth.tar")    # a ready network from a checkpoint of t
 """
 
 from models.initialise import initialise
-from models.load import build_like, build_with_widths, input_shape, load, load_checkpoint, load_with_name
+from models.load import build_full, build_like, build_with_widths, load, load_checkpoint, load_with_checkpoint
 from models.normalisation import renormalise
 from models.registry import REGISTRY, build, build_torchvision, check_arch, check_torchvision_arch, is_torchvisions
 from models.small import narrow_like
 
-__all__ = ["REGISTRY", "build", "build_like", "build_torchvision", "build_with_widths", "check_arch"]
-__all__ += ["check_torchvision_arch", "initialise", "input_shape", "is_torchvisions", "load", "load_checkpoint"]
-__all__ += ["load_with_name", "narrow_like", "renormalise"]
+__all__ = ["REGISTRY", "build", "build_full", "build_like", "build_torchvision", "build_with_widths", "check_arch"]
+__all__ += ["check_torchvision_arch", "initialise", "is_torchvisions", "load", "load_checkpoint"]
+__all__ += ["load_with_checkpoint", "narrow_like", "renormalise"]
 
 
 def __getattr__(name: str):

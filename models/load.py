@@ -23,15 +23,16 @@ def load(path: str | os.PathLike, arch: str | None = None) -> nn.Module:
     Raises:
         UserError: the file is missing, damaged or of another network.
     """
-    return load_with_name(path, arch)[1]
+    return load_with_checkpoint(path, arch)[0]
 
 
-def load_with_name(path: str | os.PathLike, arch: str | None = None) -> tuple[str, nn.Module]:
-    """(the network's registry name, what `load` returns)."""
+def load_with_checkpoint(path: str | os.PathLike, arch: str | None = None) -> tuple[nn.Module, dict]:
+    """(what `load` returns, what `load_checkpoint` returns with "input_shape", (C, H, W) of its images)."""
     checkpoint = load_checkpoint(path, arch)
     net = build_like(checkpoint, checkpoint["arch"], path)
     checkpoints.load_weights(net, checkpoint["state_dict"], path)
-    return checkpoint["arch"], net.eval()
+    usual = (3, 224, 224) if is_torchvisions(checkpoint, checkpoint["arch"]) else (3, 32, 32)
+    return net.eval(), {"input_shape": usual, **checkpoint}
 
 
 def load_checkpoint(path: str | os.PathLike, arch: str | None = None) -> dict:
@@ -59,7 +60,7 @@ def build_like(checkpoint: dict, arch: str, path: str | os.PathLike) -> nn.Modul
     Raises:
         UserError: no such network.
     """
-    net = _build_full(checkpoint, arch, path)
+    net = build_full(checkpoint, arch, path)
     if checkpoint.keys() <= {"state_dict", "normalisation", "library", *checkpoints.FROM_OTHERS}:
         # Other projects write full networks; load_weights names the weight of another shape.
         return net
@@ -82,7 +83,7 @@ def build_with_widths(path: str | os.PathLike, arch: str, num_classes: int) -> n
     return initialise(net)
 
 
-def _build_full(checkpoint: dict, arch: str, path: str | os.PathLike) -> nn.Module:
+def build_full(checkpoint: dict, arch: str, path: str | os.PathLike) -> nn.Module:
     """The unpruned network of a checkpoint; the number of classes is the file's own, or the rows of its last layer."""
     weights, classes = checkpoint["state_dict"], checkpoint.get("num_classes")
     make = build_torchvision if is_torchvisions(checkpoint, arch) else build
@@ -101,9 +102,3 @@ def _build_full(checkpoint: dict, arch: str, path: str | os.PathLike) -> nn.Modu
 def last_layer(net: nn.Module) -> str:
     """The name of a network's last linear or convolutional layer."""
     return [name for name, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
-
-
-def input_shape(arch: str, checkpoint: dict | None = None) -> tuple[int, int, int]:
-    """(C, H, W) of the images that a network is for, where its file does not hold it."""
-    other = arch not in REGISTRY if checkpoint is None else is_torchvisions(checkpoint, arch)
-    return (3, 224, 224) if other else (3, 32, 32)

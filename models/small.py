@@ -63,25 +63,3 @@ def narrow_like(net: nn.Module, state_dict: dict[str, Tensor], pads: dict[str, i
             raise UserError(f"the file pads a shortcut '{name}' that this network does not have; use an intact file")
         modules[name].new_channels = new_channels
     return net
-
-
-def pack(
-    net: nn.Module, arch: str, num_classes: int, input_shape: tuple[int, ...], kept: dict[str, list[int]], **facts
-) -> dict:
-    """The content of a small network's file, for utils.base.checkpoint.write and models.load.
-
-    Args:
-        arch: name of the network that it was made from, of this project's registry or of torchvision.models.
-        input_shape: (C, H, W) of the images it is for.
-        kept: {layer's weight: original indices of its filters}, as make_small reports them.
-        facts: further plain entries.
-    """
-    return {
-        "small": True,
-        "arch": arch,
-        "num_classes": num_classes,
-        "input_shape": list(input_shape),
-        "kept": kept,
-        **facts,
-        "state_dict": {name: value.detach().cpu() for name, value in net.state_dict().items()},
-    }

@@ -167,7 +167,7 @@ OF_TRAINED = dict(started_from="x.th", learning_rate=0.05, warmup=0.0, prune_beg
         (dict(HTrate=1.0), "heavy ball, unpruned"),
         (dict(recipe="distill", teacher="t"), "unpruned+KD"),
         (dict(recipe="finetune"), "AHSG-HT, fine-tuned 30 %"),
-        (dict(recipe="prune_gradual", changes=dict(arithmetic="TF32", processes=2)), "gradual 30 %, TF32, 2 processes"),
+        (dict(recipe="prune_gradual", changes=dict(arithmetic="TF32, 2 processes")), "gradual 30 %, TF32, 2 processes"),
         (dict(recipe="prune_gradual", HTrate=1.0, macs_cut=0.5, **OF_TRAINED), "gradual 50 % of multiply-adds"),
         (dict(recipe="baseline", widths_of="x"), "small network from scratch, of unknown"),
     ],
@@ -181,7 +181,11 @@ def test_runs_are_pooled_when_they_differ_by_seed_and_place_only_and_the_rest_is
     put("a", seed=1, workers=0)
     put("b", seed=2, workers=4, save_path="elsewhere")
     put("c", seed=3, decay=1e-4)
-    for seed, changes in ((4, {"arithmetic": "bfloat16"}), (5, {"arithmetic": "TF32"}), (6, {"processes": 2})):
+    for seed, changes in (
+        (4, {"arithmetic": "bfloat16"}),
+        (5, {"arithmetic": "TF32"}),
+        (6, {"arithmetic": "float32, 2 processes"}),
+    ):
         put(f"d{seed}", seed=seed, changes=changes)
     for seed, sha in ((7, "00"), (8, "00"), (9, "11")):
         teacher = {"arch": "resnet56", "accuracy": 93.2, "sha256": sha}

@@ -32,4 +32,4 @@ TWICE = nn.Linear(4, 4)
     ],
 )
 def test_multiply_adds_of_one_layer(layer, shape, expected):
-    assert sum(multiply_adds(nn.Sequential(layer), torch.zeros(shape)).values()) == expected
+    assert multiply_adds(nn.Sequential(layer), torch.zeros(shape)) == expected

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from tiny import settings_of
 from torch import nn
 
 import cifar10_resnet_test as script
@@ -83,7 +84,7 @@ def test_a_teacher_that_names_no_normalisation_has_that_of_the_data_set(tree, te
     usual = images.normalisation
     images.normalise_as([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     net, checkpoint = models.load(teacher), models.load_checkpoint(teacher)
-    args = script.parse_args(["--teacher", str(teacher)])
+    args = settings_of(script, ["--teacher", str(teacher)])
     args.teacher_arch, args.teacher_sha256 = "resnet8", ""
     _, facts = build_objective(
         (net, checkpoint), models.build("resnet8"), images, data.DataLoader(images.test, 10), args, usual

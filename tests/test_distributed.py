@@ -4,6 +4,8 @@ import os
 import socket
 import time
 from argparse import Namespace
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tiny import train_epoch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from AHSG_HT import AHSG_HT
 from data import DataLoader, ImageArrays, first_images
@@ -31,6 +34,8 @@ from utils.train.trainer import check_same_on_all_ranks
 
 CPU = torch.device("cpu")
 RANKS = 3
+# Seconds in which ranks must answer.
+TIMEOUT = 8
 # Of the three shares of the last mini-batch two are empty, others differ in size.
 SIZES = [7, 8, 9, 11, 12, 1]
 
@@ -74,7 +79,9 @@ def make_optimizer(groups):
     return AHSG_HT(groups, lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, v=0.1, HTrate=0.7)
 
 
-def train(make=NoNorm, *, teacher=False, gradual=False, max_images=None, epochs=range(4), before=None):
+def train(
+    make=NoNorm, *, teacher=False, gradual=False, exchanges_last=False, max_images=None, epochs=range(4), before=None
+):
     """Trains with the engine as a run does, alone or with the other processes; returns everything that came of it."""
     torch.manual_seed(0)
     net, objective = make(), cross_entropy
@@ -101,6 +108,8 @@ def train(make=NoNorm, *, teacher=False, gradual=False, max_images=None, epochs=
 
     plain, objective = objective, None
     objective = wrap()
+    if exchanges_last and distributed.world_size() > 1:
+        objective.exchanges_last = True
     for epoch in epochs:
         loader.set_epoch(epoch)
         options = dict(epoch=epoch, max_images=max_images, before_step=pruning and pruning.before_step)
@@ -123,6 +132,7 @@ def train(make=NoNorm, *, teacher=False, gradual=False, max_images=None, epochs=
 
 
 RUNS = {"plain": {}, "in parts": {"max_images": 2}, "distilled": {"teacher": True}, "gradual": {"gradual": True}}
+RUNS["exchanged last"] = {"max_images": 2, "exchanges_last": True}
 
 
 def caught(function):
@@ -147,7 +157,7 @@ def on_one_machine():
 
     def make():
         times.append(time.monotonic())
-        time.sleep(0.05 if distributed.is_first() else 0)
+        time.sleep(TIMEOUT + 1 if distributed.is_first() else 0)
         return distributed.rank()
 
     return distributed.first_on_machine(make), times
@@ -167,7 +177,7 @@ def one_rank(rank, port, folder):
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
     os.environ.update({name: str(value) for name, value in names.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with distributed.process_group({"ngpu": 0, "dist_timeout": 60}):
+    with distributed.process_group({"ngpu": 0, "dist_timeout": TIMEOUT}):
         report = {name: train(**options) for name, options in RUNS.items()}
         report["plain resumed"] = train(epochs=range(1, 4), before=train(epochs=range(1)))
         begun = train(gradual=True, epochs=range(2))
@@ -179,6 +189,11 @@ def one_rank(rank, port, folder):
         report["different"] = caught(lambda: check_same_on_all_ranks({"conv": [rank]}, 7))
         report["from first"] = caught(lambda: distributed.from_first(distributed.rank))
         report["machine"] = on_one_machine()
+        synced = nn.SyncBatchNorm.convert_sync_batchnorm(CifarResNet(8))
+        # torch refuses SyncBatchNorm on CPUs; it is not run here.
+        with mock.patch.object(DistributedDataParallel, "_passing_sync_batchnorm_handle"):
+            made = [distributed.ParallelObjective(net, cross_entropy, CPU) for net in (CifarResNet(8), synced)]
+        report["exchanges last"] = [objective.exchanges_last for objective in made]
         report["first fails"] = caught(lambda: distributed.from_first(fail_on(0)))
         report["second fails"] = caught(lambda: distributed.on_all(fail_on(1)))
         report["none fails"] = caught(lambda: distributed.on_all(fail_on(RANKS)))
@@ -297,11 +312,36 @@ def test_what_one_rank_knows_the_others_get(ranks):
     assert [report["second fails"] for report in ranks] == expected
 
 
+def test_with_sync_batchnorm_gradients_are_exchanged_after_all_backward_passes(ranks):
+    """Within one of them a rank with an empty share would communicate in another order than the others."""
+    assert [report["exchanges last"] for report in ranks] == [[False, True]] * RANKS
+    calls = []
+
+    class Objective:
+        exchanges_last = True
+
+        @contextmanager
+        def no_sync(self):
+            calls.append("begin")
+            yield
+            calls.append("end")
+
+        def exchange(self):
+            calls.append("exchange")
+
+        def __call__(self, net, x, y):
+            return net(x).sum(), net(x)
+
+    labels = torch.zeros(4, dtype=torch.int64)
+    engine.add_gradients(nn.Linear(2, 2), Objective(), torch.zeros(4, 2), labels, 4, 2, engine.RunningMeans(CPU))
+    assert calls == ["begin", "end"] * 2 + ["exchange"]
+
+
 def test_one_rank_of_a_machine_makes_the_data_before_the_others(ranks):
-    """So that files are unpacked once; every rank makes its own, once."""
+    """So that files are unpacked once, also where that takes longer than --dist_timeout; every rank makes its own."""
     made, times = zip(*(report["machine"] for report in ranks), strict=True)
     assert made == tuple(range(RANKS)) and all(len(own) == 1 for own in times)
-    assert min(own[0] for own in times[1:]) >= times[0][0] + 0.05
+    assert min(own[0] for own in times[1:]) >= times[0][0] + TIMEOUT + 1
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

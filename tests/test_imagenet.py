@@ -7,6 +7,7 @@ import socket
 import pytest
 import torch
 from PIL import Image
+from tiny import settings_of
 
 import imagenet_resnet_test as script
 import models
@@ -61,12 +62,12 @@ def test_from_scratch_resumed_evaluated_and_small(train, jpegs, capsys):
 
 
 def test_flags_and_the_numbers_of_the_recipe():
-    args = script.parse_args(["DATA", "-a", "resnet50"])
+    args = settings_of(script, ["DATA", "-a", "resnet50"])
     assert (args.epochs, args.learning_rate, args.schedule, args.gammas) == (100, 0.1, [30, 60, 90], [0.1] * 3)
     assert (args.batch_size, args.decay, args.nesterov, args.image_size) == (256, 1e-4, False, 224)
-    assert script.parse_args(["DATA", "-a", "inception_v3"]).image_size == 299
+    assert settings_of(script, ["DATA", "-a", "inception_v3"]).image_size == 299
     line = "DATA -a resnet34 -j 3 -b 64 --lr 0.01 --epochs 7 --print-freq 5 --save_dir out --resume x -e --use_pretrain"
-    args = script.parse_args(line.split())
+    args = settings_of(script, line.split())
     assert (args.workers, args.batch_size, args.learning_rate, args.print_freq) == (3, 64, 0.01, 5)
     assert (args.save_path, args.resume, args.evaluate, args.use_pretrain) == ("out", "x", True, "torchvision")
 
@@ -81,7 +82,7 @@ def test_use_pretrain(train, jpegs, tmp_path, monkeypatch):
     kept = saved["layer4.1.conv2.weight"].flatten(1).ne(0).any(dim=1)
     assert (saved["layer4.1.conv2.weight"] - start["layer4.1.conv2.weight"])[kept].abs().max() < 0.02
     assert results(folder)["pretrained"].startswith(f"'{tmp_path / 'trained.pth'}'")
-    args = script.parse_args(["-a", "resnet18", "--use-pretrain", str(jpegs)])
+    args = settings_of(script, ["-a", "resnet18", "--use-pretrain", str(jpegs)])
     assert (args.data_path, args.use_pretrain) == (str(jpegs), "torchvision")
     with pytest.raises(UserError, match=r"layer1\.0\.conv1.*\[64, 64, 1, 1\]"):
         train("-a", "resnet50", "--use_pretrain", tmp_path / "trained.pth")
@@ -91,9 +92,15 @@ def test_use_pretrain(train, jpegs, tmp_path, monkeypatch):
         train("--use_pretrain")
 
 
+def test_as_many_workers_as_cores(monkeypatch):
+    monkeypatch.setattr(script, "usable_cores", lambda: 40)
+    monkeypatch.setattr(script, "local_world_size", lambda: 2)
+    assert settings_of(script, ["DATA"]).workers == 20 and settings_of(script, ["DATA", "-j", "3"]).workers == 3
+
+
 def test_workers_of_both_loaders_must_fit_into_shared_memory(jpegs, monkeypatch):
     """Test mini-batches are as large as those of training, and are counted as they are."""
-    args = script.parse_args([str(jpegs), "-a", "resnet18", "-b", "12", "--image_size", "32", "-j", "2"])
+    args = settings_of(script, [str(jpegs), "-a", "resnet18", "-b", "12", "--image_size", "32", "-j", "2"])
     images, cpu = script.load_images(args), torch.device("cpu")
     needed = (2 * 2 + 1) * 12 * 3 * 32 * 32
     for build in (setup.build_train_loader, setup.build_test_loader):
@@ -116,7 +123,7 @@ def test_workers_of_both_loaders_must_fit_into_shared_memory(jpegs, monkeypatch)
 )
 def test_bad_flags_give_one_line(flags, pattern):
     with pytest.raises(UserError, match=pattern) as caught:
-        script.parse_args(flags)
+        settings_of(script, flags)
     assert "\n" not in str(caught.value)
 
 

@@ -168,6 +168,11 @@ def test_a_bad_term_is_one_line(text, pattern):
     assert f"--kd '{text}'" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_term_keeps_its_numbers():
+    text = "logits:KL:0.123456789:T=3.00000001"
+    assert str(parse_term(text)) == text and parse_term(text).weight == 0.123456789
+
+
 def test_two_terms_of_one_loss_on_the_same_outputs_are_refused():
     check_terms([Term("logits", "KL"), Term("logits", "DKD"), Term("feature", "MSE"), Term("stages", "MSE")])
     with pytest.raises(UserError, match="logits:KL is given 2 times"):

@@ -280,8 +280,8 @@ def check_public(path, arch):
     """The network of a public file against the naive one, whose shortcuts pad on both sides."""
     weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     weights = {name.removeprefix("module."): value.double() for name, value in weights.items()}
-    name, net = models.load_with_name(path)
-    assert name == arch and models.load_checkpoint(path)["normalisation"] == public.NORMALISATION
+    net, checkpoint = models.load_with_checkpoint(path)
+    assert (checkpoint["arch"], checkpoint["normalisation"]) == (arch, public.NORMALISATION)
     with torch.no_grad():
         logits, x = net.double()(images(1).double()), images(1).double()
         torch.testing.assert_close(logits, naive_resnet(weights, x, is_public=True)[0], rtol=0, atol=1e-5)

@@ -218,6 +218,15 @@ def test_removal_zeroes_momentum_and_previous_weights_too():
 # -- scores --
 
 
+def test_a_mini_batch_without_a_readable_image_adds_no_score():
+    net, optimizer, pruning, size = start(score="taylor", HTrate=0.5, **EVERY_4)
+    train(net, optimizer, pruning, size, range(3))
+    before = {name: value.clone() for name, value in pruning.scores.sums.items()}
+    optimizer.zero_grad()
+    pruning.scores.accumulate()
+    assert before and all(torch.equal(value, pruning.scores.sums[name]) for name, value in before.items())
+
+
 @pytest.mark.parametrize("score", SCORES)
 def test_scores_are_the_naive_ones(score):
     net, _, pruning, size = start(steps=40, HTrate=0.5, score=score, shrink=False)

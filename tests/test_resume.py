@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from crash_lab import same
+from tiny import settings_of
 
 import cifar10_resnet_test as script
 import models
@@ -156,7 +157,7 @@ def test_released_momentum_and_prev_data_become_the_optimizers_state(train, tmp_
     old |= {"best_prec1": torch.tensor(10.0), "optimizer": {"state": momentum, "param_groups": [group]}}
     torch.save(old, tmp_path / "released.pth.tar")
     net = models.build("resnet8").to(memory_format=torch.channels_last)
-    args = script.parse_args(["--k", "24", "--batch_size", "16"])
+    args = settings_of(script, ["--k", "24", "--batch_size", "16"])
     optimizer = build_optimizer(net, None, args, torch.zeros(2, 3, 32, 32), Start(None))
     restore_optimizer(optimizer, checkpoints.read(tmp_path / "released.pth.tar")["optimizer"], "file")
     for value in optimizer.state[net.stage_3[0].conv_b.weight].values():

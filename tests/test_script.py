@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import settings_of
 
 import cifar10_resnet_test as script
 import data
@@ -59,12 +60,12 @@ SETTINGS = {
 
 @pytest.mark.parametrize("line", SETTINGS, ids=lambda line: line[:30])
 def test_settings_are_those_of_the_release(line):
-    args = vars(script.parse_args(line.split()))
+    args = vars(settings_of(script, line.split()))
     assert {name: args[name] for name in SETTINGS[line]} == SETTINGS[line]
 
 
 def test_learning_rate_steps_at_the_milestones():
-    settings = vars(script.parse_args([]))
+    settings = vars(settings_of(script, []))
     rates = [learning_rate_at(e, settings) for e in (0, 1, 59, 60.5, 120, 199)]
     assert rates == pytest.approx([0.01, 0.1, 0.1, 0.02, 0.004, 0.0008])
     assert fit_schedule([1, 60, 120, 160], 2, 200) == [1, 2, 3, 4], "all but the warm-up are scaled, and stay apart"

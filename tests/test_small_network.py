@@ -13,7 +13,6 @@ import models
 import utils.small.cut as small_network
 from AHSG_HT import AHSG_HT, following_additives
 from models.resnet_cifar import CifarResNet, OptionA
-from models.small import pack
 from utils import get_small_model
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
@@ -21,7 +20,7 @@ from utils.base.torchvision_import import import_torchvision
 from utils.bench import torchvision_networks
 from utils.small.counts import count
 from utils.small.cut import make_small, narrow
-from utils.small.output import export
+from utils.small.output import export, write_small
 
 RELEASED = Path(__file__).parents[2] / "shared" / "released" / "best.cifar10_resnet20.pth.tar"
 
@@ -185,8 +184,9 @@ def test_grouped_convolutions_take_fewer_groups(padding, constant, tmp_path, mon
     if not constant or not padding:  # else one constant channel stays in each group
         assert sum(found) < 0.85 * 12 * 24
     monkeypatch.setitem(models.REGISTRY, "grouped", lambda num_classes: grouped(padding))
-    checkpoints.write(pack(small, "grouped", 5, (3, 8, 8), report.kept), tmp_path / "file")
-    assert difference(models.load(tmp_path / "file"), small, images(4, 8)) == 0
+    net.num_classes = 5
+    file, _ = write_small(net, small, report, "grouped", (3, 8, 8), tmp_path, checkpoint={})
+    assert difference(models.load(file), small, images(4, 8)) == 0
 
 
 def test_torchvision_networks_are_equal_and_smaller(tmp_path):
@@ -290,6 +290,23 @@ VIEWS = [lambda x: x, lambda x: x.detach(), nn.Dropout(), lambda x: x[:, :, 1:],
 @pytest.mark.parametrize("change", [torch.relu_, torch.sigmoid_, nn.ReLU(inplace=True), *map(adds_to, VIEWS)])
 def test_values_that_share_storage_with_one_changed_in_place(change):
     cut(ThreeConvs(Net(in_place, change=change)), 12)
+
+
+def test_a_value_changed_in_place_through_one_without_channels():
+    """The first layer's removed channels become 1, which only the removed filters' weights read."""
+
+    def steps(net, x):
+        x = net.a(x)
+        x.view(-1).add_(1)
+        return net.head(net.c(F.relu(net.b(x))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    layers = {"a": nn.Conv2d(3, 8, 3, bias=False), "b": nn.Conv2d(8, 6, 3, bias=False), "c": nn.Conv2d(6, 4, 1)}
+    net = Net(steps, head=nn.Linear(4, 10), **layers)
+    with torch.no_grad():
+        net.a.weight[:4] = net.b.weight[:3, 4:] = 0
+        net.b.weight[:3, :4].abs_()
+    cut(net, 12)
 
 
 def test_stochastic_depth_and_depthwise_convolutions_are_followed():
@@ -407,9 +424,9 @@ def test_command_line_errors(tmp_path):
 
 def test_command_makes_a_small_network_smaller_and_a_file_of_the_given_name(tmp_path, capsys):
     torch.manual_seed(0)
-    small, report = make_small(pruned(CifarResNet(8), steps=3), images(1))
-    checkpoints.write(pack(small, "resnet8", 10, (3, 32, 32), report.kept), tmp_path / "small.resnet8.pth.tar")
-    loaded = models.load(tmp_path / "small.resnet8.pth.tar")
+    net = pruned(CifarResNet(8), steps=3)
+    small, report = make_small(net, images(1))
+    loaded = models.load(write_small(net, small, report, "resnet8", (3, 32, 32), tmp_path, checkpoint={})[0])
     assert all(p.requires_grad for p in loaded.parameters())
     again = pruned(loaded, HTrate=0.5, steps=3)
     content = {"arch": "resnet8", "state_dict": again.state_dict(), "kept": report.kept}

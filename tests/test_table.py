@@ -102,6 +102,8 @@ def test_flags_go_to_the_rows_they_concern_and_a_shortened_table_shares_one_sche
         ("--nets resnet21", "unknown network 'resnet21'"),
         ("--rates 1.2", "REMOVED"),
         ("--methods magic", "unknown method 'magic'"),
+        ("--methods ''", "unknown method ''"),
+        ('--methods "prune \'"', "unknown method 'prune ''"),
         ("--methods 'prune --kay 3'", "--kay"),
         ("--jobs 0", "--jobs: must be a whole number >= 1, got '0'"),
         ("--epochs five", "--epochs: must be"),

@@ -10,7 +10,7 @@ from data.augment import normalise
 from data.sources import DATASETS
 from data.synthetic import make_images
 from models.resnet_cifar import CifarResNet
-from utils.train import engine
+from utils.train import command_line, engine
 
 
 def make_tree(root: Path) -> Path:
@@ -41,6 +41,11 @@ def train_epoch(net, loader, objective, optimizer, device, *, epoch, max_images=
             options["before_update"] = partial(before_step, epoch * len(sizes) + t)
         engine.train_step(objective, net, images, labels, optimizer, means, **options)
     return means.read()
+
+
+def settings_of(script, argv):
+    """The settings of a script's command line."""
+    return script.settings(command_line.parse(script.parser(), argv), {})
 
 
 def resnet8(num_classes=10, **options):

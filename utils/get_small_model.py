@@ -48,9 +48,8 @@ def main(argv: list[str] | None = None) -> Path:
         folder, name = folder.parent, folder.name
     check_writable(folder)
     check_export(args.export)
-    checkpoint = models.load_checkpoint(source, args.arch)
-    arch, net = models.load_with_name(source, args.arch)
-    shape = tuple(checkpoint.get("input_shape", models.input_shape(arch, checkpoint)))
+    net, checkpoint = models.load_with_checkpoint(source, args.arch)
+    arch, shape = checkpoint["arch"], tuple(checkpoint["input_shape"])
     path = folder / (name or f"small.{arch}.pth.tar")
     if path.exists() and path.samefile(source):
         raise UserError(f"'{path}' would be replaced by what is made of it; choose another --save_path")

@@ -16,7 +16,6 @@ from torch import nn
 
 import models
 from AHSG_HT import hard_threshold
-from utils.base import checkpoint as checkpoints
 from utils.base.arguments import COUNT, KEPT_RATE
 from utils.base.errors import UserError, run_main
 from utils.bench.common import benchmark_parser, parse_benchmark, publish, take_turns
@@ -31,7 +30,7 @@ def timings(dense: nn.Module, small: nn.Module, shape: tuple[int, ...], args: ar
     """Times both networks on random images (C, H, W). A row per mini-batch size: medians in ms, the distances from
     first to third quartile ("spread"), the speed-up, and the ratio of multiply-adds."""
     nets = [net.eval().to(args.device, memory_format=torch.channels_last) for net in (dense, small)]
-    costs = [sum(multiply_adds(net, torch.zeros(1, *shape, device=args.device)).values()) for net in nets]
+    costs = [multiply_adds(net, torch.zeros(1, *shape, device=args.device)) for net in nets]
     rows = []
     for batch in args.batch_sizes:
         x = torch.randn(batch, *shape, device=args.device).contiguous(memory_format=torch.channels_last)
@@ -49,14 +48,14 @@ def timings(dense: nn.Module, small: nn.Module, shape: tuple[int, ...], args: ar
 def networks(args: argparse.Namespace) -> tuple[str, nn.Module, nn.Module, tuple[int, ...]]:
     """(arch, unpruned or masked network, small network, shape of an image) of the command line."""
     if args.checkpoint:
-        arch, net = models.load_with_name(args.checkpoint, args.arch)
-        checkpoint = checkpoints.read(args.checkpoint)
-        shape = tuple(checkpoint.get("input_shape", models.input_shape(arch, checkpoint)))
+        net, checkpoint = models.load_with_checkpoint(args.checkpoint, args.arch)
+        arch, shape = checkpoint["arch"], tuple(checkpoint["input_shape"])
         if checkpoint.get("small") is True:
-            return arch, build_net(arch), net, shape
+            return arch, models.build_full(checkpoint, arch, args.checkpoint), net, shape
     elif args.arch:
         torch.manual_seed(0)
-        arch, net, shape = args.arch, build_net(args.arch), models.input_shape(args.arch)
+        arch, net = args.arch, build_net(args.arch)
+        shape = (3, 32, 32) if arch in models.REGISTRY else (3, 224, 224)
         try:
             hard_threshold(list(net.parameters()), args.HTrate)
         except ValueError as error:

@@ -5,7 +5,6 @@ NCHW; loss and accuracies are read back with .item() at every step; filters are 
 Unlike the release's, its loader has the exact length and its heavy ball is the true one: both loops do the same work.
 """
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from AHSG_HT import following_additives, kept_count
 from data import DataLoader, ImageArrays
 from utils.base.torchvision_import import import_torchvision
 
@@ -66,21 +66,11 @@ class PerFilterLoop:
         for index, weight in enumerate(self.params):
             if weight.dim() == 4:
                 norms = np.array([float(torch.linalg.vector_norm(one)) for one in weight])
-                # Lifted, so that 90 filters at 0.7 keep 63 although 90 * 0.7 is 62.99999999999999.
-                kept = math.floor(len(norms) * self.HTrate * (1 + 1e-12))
+                kept = kept_count(len(norms), self.HTrate)
                 for removed in np.argsort(-norms, kind="stable")[kept:].tolist():
                     weight[removed] = 0
-                    for additive in self._additives(index):
+                    for additive in following_additives(self.params, index):
                         additive[removed] = 0
-
-    def _additives(self, index: int) -> list[Tensor]:
-        """Biases of a convolution and its BatchNorm: [bias], [norm weight, norm bias] or all three follow it."""
-        following = []
-        for p in self.params[index + 1 :]:
-            if p.dim() != 1 or len(p) != len(self.params[index]):
-                break
-            following.append(p)
-        return [following[i] for i in {0: (), 1: (0,), 2: (1,), 3: (0, 2)}[len(following)]]
 
 
 def train_epoch_original(

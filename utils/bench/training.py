@@ -24,7 +24,7 @@ from utils.base.errors import UserError, run_main
 from utils.bench.common import benchmark_parser, parse_benchmark, publish, take_turns
 from utils.bench.optimizer import HT_RECIPE
 from utils.bench.original_loop import PerFilterLoop, PilImages, train_epoch_original
-from utils.train.acceleration import Acceleration, accelerate
+from utils.train.acceleration import Acceleration, accelerate, check_compiler
 from utils.train.device import flush_denormals, reuse_freed_memory, seed_everything, usable_cores
 from utils.train.distillation import Distillation
 from utils.train.engine import RunningMeans, train_step
@@ -127,6 +127,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_benchmark(parser, "training", argv)
     for arch in [*args.arch, args.teacher] if args.teacher else args.arch:
         models.check_arch(arch)
+    if any(LOOPS[loop].get("compile") for loop in args.loops):
+        try:
+            check_compiler(args.device)
+        except UserError as error:
+            print(f"note: {error}")
+            args.loops = [loop for loop in args.loops if not LOOPS[loop].get("compile")]
     flush_denormals()
     reuse_freed_memory()
     images = load_images(args)

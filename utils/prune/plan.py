@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from utils.base.errors import UserError
 from utils.small.channels import INPUT, OUTPUT, Channels, analyse
-from utils.small.counts import multiply_adds
+from utils.small.counts import count
 from utils.small.trace import layer_name, module_name, trace
 
 CONVOLUTIONS = ("conv", "depthwise")
@@ -144,9 +144,8 @@ def make_plan(net: nn.Module, example: Tensor, tied: bool) -> Plan:
     Raises:
         UserError: no filter can be removed.
     """
-    was_training = net.training
     example = example[:1].to(next(net.parameters())).repeat(2, *[1] * (example.dim() - 1))
-    channels = analyse(trace(net.eval(), example), tie_pads=True)
+    channels = analyse(trace(net, example), tie_pads=True)
     layers = _layers(channels)
     removable, ends, reasons = _pins(channels, layers)
     exact = _stays_zero(net, example, layers, removable)
@@ -159,9 +158,8 @@ def make_plan(net: nn.Module, example: Tensor, tied: bool) -> Plan:
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         why = why or "it has no convolution, or torch.fx cannot trace its forward, which must not branch on values"
         raise UserError(f"no filter of this network can be removed ({why}); train it without pruning")
-    macs, parameters = sum(multiply_adds(net, example[:1]).values()), sum(p.numel() for p in net.parameters())
+    parameters, macs = count(net, example)
     plan.fixed = (macs - plan.multiply_adds(plan.full), parameters - plan.parameters(plan.full))
-    net.train(was_training)
     return plan
 
 

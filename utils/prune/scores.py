@@ -69,12 +69,11 @@ class Scores:
             return
         products = []
         for layer in self.plan.convolutions:
-            if layer.norm is None:
-                weight = self.net.get_submodule(layer.name).weight
-                products.append((weight * weight.grad).flatten(1).sum(1))
-            else:
-                norm = self.net.get_submodule(layer.norm)
-                products.append(norm.weight * norm.weight.grad + norm.bias * norm.bias.grad)
+            module = self.net.get_submodule(layer.norm or layer.name)
+            if module.weight.grad is None:
+                return  # not one image of the mini-batch could be read
+            product = module.weight * module.weight.grad
+            products.append(product + module.bias * module.bias.grad if layer.norm else product.flatten(1).sum(1))
         torch._foreach_abs_(products)
         names = [layer.name for layer in self.plan.convolutions]
         if self.sums:

@@ -207,15 +207,15 @@ def _follow(channels: Channels, fixed: dict[nn.Module, str]) -> dict[nn.Module, 
         except Unknown as error:
             unknown[module], module = str(error), None
             value = _keep_all(channels, node, str(error))
-        if value is None:
-            continue
-        # The running mean of a removed filter decays to float32's subnormal numbers, which have no effect.
-        value.constant = value.constant.where(value.constant.abs() >= SMALLEST_NORMAL, value.constant * 0)
-        channels.values[node] = value
+        if value is not None:
+            # The running mean of a removed filter decays to float32's subnormal numbers, which have no effect.
+            value.constant = value.constant.where(value.constant.abs() >= SMALLEST_NORMAL, value.constant * 0)
+            channels.values[node] = value
         for changed in channels.values.keys() & node.meta["changed"]:
             # Later readers of what the operation changes in place find a constant there only where it was left alone.
             before = channels.values[changed]
-            same = (before.constant == value.constant) if before.ids == value.ids else torch.tensor(False)
+            is_known = value is not None and before.ids == value.ids
+            same = (before.constant == value.constant) if is_known else torch.tensor(False)
             channels.values[changed] = Value(before.ids, before.constant.where(same, math.nan))
         if type(module) in NARROWED:
             call = LayerCall(node, module, channels.values[node.args[0]].ids, value.ids)

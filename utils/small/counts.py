@@ -20,17 +20,16 @@ class Counts(NamedTuple):
 
 def count(net: nn.Module, example: Tensor) -> Counts:
     """Counts a network on the first image of `example` (B, ...). The network is not changed; it runs in eval mode."""
-    return Counts(sum(p.numel() for p in net.parameters()), sum(multiply_adds(net, example[:1]).values()))
+    return Counts(sum(p.numel() for p in net.parameters()), multiply_adds(net, example[:1]))
 
 
 @torch.no_grad()
-def multiply_adds(net: nn.Module, example: Tensor) -> dict[str, int]:
-    """{operation of torch: multiply-adds of all its calls for the inputs in `example`}, by torch's FlopCounterMode."""
+def multiply_adds(net: nn.Module, example: Tensor) -> int:
+    """Of all operations for the images in `example`, by torch's FlopCounterMode, which counts each as two."""
     was_training = net.training
     try:
         with FlopCounterMode(display=False) as counter:
             net.eval()(example)
     finally:
         net.train(was_training)
-    # torch counts a multiply-add as two operations.
-    return {str(operation): n // 2 for operation, n in counter.get_flop_counts().get("Global", {}).items()}
+    return counter.get_total_flops() // 2

@@ -83,10 +83,7 @@ def make_small(
     # Moving constants is the one step that changes weights; where it costs precision, they stay.
     for merge in (True, False):
         small, report = copy.deepcopy(masked), Report()
-        try:
-            graph = trace(small, example)
-        except Exception as error:
-            raise UserError(f"the network does not run on an input of shape {tuple(example.shape)}: {error}") from None
+        graph = trace(small, example)
         if merge:
             report.merged = merge_constants(analyse(graph, regroup=True))
         channels = _select_needed(graph, round_to)

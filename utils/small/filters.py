@@ -33,14 +33,7 @@ def filter_additives(net: nn.Module, example: Tensor) -> dict[nn.Parameter, list
     Raises:
         UserError: the network does not run on the example.
     """
-    modes = {module: module.training for module in net.modules()}
-    try:
-        graph = trace(net.eval(), example)
-    except Exception as error:
-        raise UserError(f"the network does not run on an input of shape {tuple(example.shape)}: {error}") from None
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    graph = trace(net, example)
     calls = [node for node in graph.graph.nodes if node.op == "call_module"]
     called = Counter(graph.get_submodule(node.target) for node in calls)
     # What is traced of a module that became one opaque operation may be a part of what it does.

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 import models
-from models.small import pack
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 from utils.base.files import replace_file
@@ -48,7 +47,8 @@ def write_small(
     entries = {key: checkpoint[key] for key in INHERITED if key in checkpoint}
     if "state_dict" in checkpoint and models.is_torchvisions(checkpoint, arch):
         entries["library"] = "torchvision"
-    checkpoints.write(pack(small, arch, net.num_classes, shape, kept, pads=report.pads, **entries), path)
+    facts = {"small": True, "arch": arch, "num_classes": net.num_classes, "input_shape": list(shape), "kept": kept}
+    checkpoints.write({**facts, "pads": report.pads, **entries, "state_dict": small.state_dict()}, path)
     example = torch.zeros(1, *shape)
     return path, {
         "file": path.name,
@@ -104,10 +104,12 @@ def export(small: nn.Module, example: Tensor, path: Path, kind: str) -> Path:
     # torch writes both kinds by itself, therefore to a temporary file first.
     stem, end = path.name.removesuffix(".tar").removesuffix(".pth"), "pt2" if kind == "torch" else "onnx"
     target, temporary = path.with_name(f"{stem}.{end}"), path.with_name(f".tmp.{stem}.{end}")
-    if kind == "torch":
-        torch.export.save(program, temporary)
-    else:
-        torch.onnx.export(program, f=temporary, external_data=False, verbose=False)
-    replace_file(target, temporary.read_bytes())
-    temporary.unlink()
+    try:
+        if kind == "torch":
+            torch.export.save(program, temporary)
+        else:
+            torch.onnx.export(program, f=temporary, external_data=False, verbose=False)
+        replace_file(target, temporary.read_bytes())
+    finally:
+        temporary.unlink(missing_ok=True)
     return target

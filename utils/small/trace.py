@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from models.resnet_cifar import OptionA
+from utils.base.errors import UserError
 
 PREFIX = "net"
 
@@ -79,20 +80,30 @@ class _Recorder(fx.Interpreter):
 
 @torch.no_grad()
 def trace(net: nn.Module, example: Tensor) -> fx.GraphModule:
-    """The graph of net(example).
+    """The graph of net(example) in eval mode; the network is not changed.
 
     Args:
-        net: in eval mode. Modules and functions that torch.fx cannot trace become single operations.
+        net: modules and functions of it that torch.fx cannot trace become single operations.
         example: a mini-batch that the network takes, on its device.
 
     Returns:
         A GraphModule over the network's own modules, whose names in it start with "net.". node.meta["shape"] is the
         shape of a tensor value, None for other values; node.meta["changed"] lists the earlier nodes whose values this
         one changes in place, views and detached tensors included.
+
+    Raises:
+        UserError: the network does not run on the example.
     """
-    root = _Called(net)
-    graph = fx.GraphModule(root, _Tracer().trace(root))
-    _Recorder(graph).run(example)
+    modes = {module: module.training for module in net.modules()}
+    root = _Called(net.eval())
+    try:
+        graph = fx.GraphModule(root, _Tracer().trace(root))
+        _Recorder(graph).run(example)
+    except Exception as error:
+        raise UserError(f"the network does not run on an input of shape {tuple(example.shape)}: {error}") from None
+    finally:
+        for module, training in modes.items():
+            module.training = training
     return graph
 
 

@@ -107,7 +107,10 @@ def plan_rows(given: dict) -> list[Row]:
     rows: dict[Path, Row] = {}
 
     def add(method: str, arch: str, seed: int, rate: float) -> Path:
-        recipe, *flags = shlex.split(method)
+        try:
+            recipe, *flags = shlex.split(method)
+        except ValueError:
+            recipe = None  # empty, or an open quote
         if recipe not in METHODS:
             raise UserError(f"unknown method '{method}'; choose from {', '.join(METHODS)}, flags in quotes with it")
         others = OF_PRUNED if recipe in WHOLE else set()

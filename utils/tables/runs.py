@@ -27,7 +27,7 @@ class Run:
         settings: options that are newer than its results.json have the value of its recipe.
         epochs: those that were run here; a resumed checkpoint of others may have more behind it.
         images: numbers of training and test images.
-        arithmetic: number format, and number of processes where there are several.
+        arithmetic: number format, and number of processes where there are several, of all its pieces.
         teacher: network and accuracy of the teacher, "" without one.
         started_from: random weights, or the file of another network; init: scratch or pretrained, as in published rows.
         is_small: it trained a small network from scratch.
@@ -47,8 +47,7 @@ class Run:
         self.epochs, self.seed = results["epochs_run_here"], results["seed"]
         self.accuracy = results["last_epoch_accuracy"]
         self.images = results["train_images"], results["test_images"]
-        processes = results.get("processes", 1)
-        self.arithmetic = results.get("arithmetic", "float32") + (f", {processes} processes" if processes > 1 else "")
+        self.arithmetic = results.get("arithmetic", "float32")
         teacher = results["teacher"] if settings.get("teacher") else {}
         self.teacher = f"{teacher['arch']} of {teacher['accuracy']:.2f} %" if teacher else ""
         file = settings.get("started_from") or settings.get("use_pretrain")

@@ -124,28 +124,26 @@ class CompiledForward:
         return self.compiled(images, **options)
 
 
-class FastObjective:
-    """An objective (utils.train.objective) computed in bfloat16, compiled, or both; see accelerate."""
-
-    def __init__(self, net: nn.Module, objective: Callable, device: torch.device, how: Acceleration, largest: int):
-        self.objective, self.device, self.amp, self.forward = objective, device, how.amp, net
-        self.adapters = getattr(objective, "adapters", None)
-        if how.compile:
-            self.forward = CompiledForward(getattr(objective, "student", net), fewest_compiled(largest))
-            if isinstance(objective, Distillation):
-                objective.teacher_forward = CompiledForward(objective.teacher, fewest_compiled(largest))
-
-    def __call__(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            return self.objective(self.forward, images, labels)
-
-
 def accelerate(net: nn.Module, objective: Callable, device: torch.device, how: Acceleration, largest: int) -> Callable:
-    """The objective as `how` computes it.
+    """The objective (utils.train.objective) computed in bfloat16, compiled, or both.
 
     Args:
         net: the network that the objective is called with.
         objective: a Distillation has its teacher compiled, too.
         largest: images of the largest mini-batch.
     """
-    return FastObjective(net, objective, device, how, largest) if how.amp or how.compile else objective
+    if not (how.amp or how.compile):
+        return objective
+    forward = net
+    if how.compile:
+        fewest = fewest_compiled(largest)
+        forward = CompiledForward(getattr(objective, "student", net), fewest)
+        if isinstance(objective, Distillation):
+            objective.teacher_forward = CompiledForward(objective.teacher, fewest)
+
+    def fast(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=how.amp):
+            return objective(forward, images, labels)
+
+    fast.adapters = getattr(objective, "adapters", None)
+    return fast

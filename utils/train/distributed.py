@@ -30,8 +30,9 @@ T = TypeVar("T")
 # source line; its other errors (shapes that differ between ranks) begin with "[enforce fail at".
 GLOO_TRANSPORT = re.compile(r"\[[^\s\]]*gloo[/\\]transport[/\\][^\s\]]*:\d+\] ")
 DIST_TIMEOUT = 600.0
-# The gloo group for Python objects; None for a single process.
+# The gloo groups for Python objects, None for a single process; in the second one ranks wait for as long as it takes.
 _objects: dist.ProcessGroup | None = None
+_patient: dist.ProcessGroup | None = None
 
 
 class LostRank(UserError):
@@ -71,7 +72,7 @@ def process_group(given: dict) -> Iterator[torch.device]:
     Raises:
         LostRank: more processes on this machine than GPUs, or the others cannot be reached.
     """
-    global _objects
+    global _objects, _patient
     device = choose_device(given.get("ngpu"))
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
         yield device
@@ -84,6 +85,7 @@ def process_group(given: dict) -> Iterator[torch.device]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
         # A group of its own on CPUs too: Python objects must not wait behind gradients.
         _objects = dist.new_group(backend="gloo", timeout=timeout)
+        _patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise LostRank(
@@ -97,7 +99,7 @@ def process_group(given: dict) -> Iterator[torch.device]:
             raise LostRank(describe_loss(error)) from None
         raise
     # Not after an error: the other ranks may not answer any more.
-    _objects = None
+    _objects = _patient = None
     dist.destroy_process_group()
 
 
@@ -111,8 +113,12 @@ def own_gpu(local_rank: int, gpus: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def on_all(make: Callable[[], T]) -> T:
-    """What `make` (no communication in it) returns on each rank. A UserError on any ends all, and rank 0 prints it."""
+def on_all(make: Callable[[], T], *, patient: bool = False) -> T:
+    """What `make` (no communication in it) returns on each rank. A UserError on any ends all, and rank 0 prints it.
+
+    Args:
+        patient: ranks wait for each other longer than --dist_timeout; one that dies is noticed all the same.
+    """
     made, message = None, None
     try:
         made = make()
@@ -120,7 +126,7 @@ def on_all(make: Callable[[], T]) -> T:
         if world_size() == 1:
             raise
         message = str(error)
-    failed = [(r, text) for r, text in enumerate(gather(message)) if text is not None]
+    failed = [(r, text) for r, text in enumerate(gather(message, patient=patient)) if text is not None]
     if not failed:
         return made
     if not is_first():
@@ -132,8 +138,8 @@ def on_all(make: Callable[[], T]) -> T:
 def first_on_machine(make: Callable[[], T]) -> T:
     """What `make` returns on each rank; on every machine one rank runs it first, so that files are unpacked once."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    made = on_all(lambda: make() if first else None)
-    return on_all(lambda: made if first else make())
+    made = on_all(lambda: make() if first else None, patient=True)
+    return on_all(lambda: made if first else make(), patient=True)
 
 
 def from_first(make: Callable[[], T]) -> T:
@@ -144,12 +150,12 @@ def from_first(make: Callable[[], T]) -> T:
     return made[0]
 
 
-def gather(value: T) -> list[T]:
+def gather(value: T, *, patient: bool = False) -> list[T]:
     """Every rank's `value` (plain Python or tensors on the CPU), by rank, on every rank. Does not wait for GPUs."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
-    dist.all_gather_object(values, value, group=_objects)
+    dist.all_gather_object(values, value, group=_patient if patient else _objects)
     return values
 
 
@@ -190,7 +196,12 @@ class ParallelObjective:
 
     A loss must be weighted by world_size * (images of the share) / (images of the mini-batch) before backward(). An
     empty share is valid: its loss and gradients are 0, and it takes part in the exchange. Under `no_sync()` gradients
-    are added up on this rank without being exchanged.
+    are added up on this rank without being exchanged; `exchange()` exchanges what has been added up.
+
+    Attributes:
+        exchanges_last: backward passes must be under no_sync(), and exchange() follows the last one. So it is with
+            SyncBatchNorm, which communicates within a backward pass: a rank with an empty share would exchange its
+            gradients after all of that, the others in between, and the ranks' communication would be mixed up.
     """
 
     def __init__(self, net: nn.Module, objective: Callable, device: torch.device):
@@ -200,13 +211,18 @@ class ParallelObjective:
             gradient_as_bucket_view=True,
         )
         self.no_sync = self.module.no_sync
+        self.exchanges_last = any(isinstance(module, nn.SyncBatchNorm) for module in net.modules())
         # Each rank's BatchNorm keeps its own running statistics; `average_batchnorm` averages them.
         self.module.broadcast_buffers = False
         # DistributedDataParallel orders its buckets anew after the first backward pass, and with them the sums over
         # three and more ranks. That happens here, with gradients of 0, so that a resumed run sums in the same order.
         for _ in range(2):
-            self.module(None, None)[0].backward()
+            self.exchange()
         self.module.zero_grad(set_to_none=True)
+
+    def exchange(self) -> None:
+        """Adds gradients of 0, and with them takes the mean of the gradients over all ranks."""
+        self.module(None, None)[0].backward()
 
     def __call__(self, net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return self.module(images, labels)

@@ -138,13 +138,15 @@ def add_gradients(
         if not len(y) and world_size() == 1:
             continue  # no image of it could be read
         # The ranks exchange the gradients accumulated over the parts, once.
-        held_back = part < parts - 1 and hasattr(objective, "no_sync")
+        held_back = hasattr(objective, "no_sync") and (objective.exchanges_last or part < parts - 1)
         with objective.no_sync() if held_back else nullcontext():
             loss, logits = objective(net, x, y)
             # The loss is a mean over len(y), and DistributedDataParallel divides by the number of ranks.
             weight = world_size() * len(y) / size
             (loss if weight == 1 else loss * weight).backward()
         means.add(loss, logits, y)
+    if getattr(objective, "exchanges_last", False):
+        objective.exchange()
 
 
 @torch.no_grad()

@@ -162,8 +162,8 @@ class Term:
 
     def __str__(self) -> str:
         """As --kd takes it."""
-        options = ",".join(f"{name}={value:g}" for name, value in self.options.items())
-        return f"{self.name}:{self.weight:g}" + (f":{options}" if options else "")
+        options = ",".join(f"{name}={value:.12g}" for name, value in self.options.items())
+        return f"{self.name}:{self.weight:.12g}" + (f":{options}" if options else "")
 
     def make_loss(self) -> nn.Module:
         """The loss with its options."""

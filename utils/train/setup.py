@@ -18,7 +18,7 @@ from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 from utils.base.signals import stop
 from utils.small.filters import filter_additives
-from utils.train.acceleration import make_deterministic
+from utils.train.acceleration import make_deterministic, true_float32
 from utils.train.device import flush_denormals, reuse_freed_memory, seed_everything
 from utils.train.distillation import Distillation
 from utils.train.distributed import (
@@ -55,11 +55,11 @@ def load_teacher(args: argparse.Namespace, script: str) -> tuple[nn.Module, dict
         data_set = shlex.quote(str(args.data_path)) + ("" if imagenet else f" --dataset {args.dataset}")
         command = f"python {script} {data_set} --arch {arch} --recipe baseline"
         raise UserError(f"distillation needs a trained teacher: add --teacher FILE; this trains one: {command}")
-    checkpoint = models.load_checkpoint(args.teacher, args.arch)
+    net, checkpoint = models.load_with_checkpoint(args.teacher, args.arch)
     arch = args.teacher_arch = checkpoint["arch"]
     if args.arch_small and arch != args.arch:
         raise UserError(f"--teacher '{args.teacher}' is a {arch}, --arch is {args.arch}; use --arch {arch}")
-    return models.load(args.teacher, arch), checkpoint
+    return net, checkpoint
 
 
 def build_objective(
@@ -278,7 +278,8 @@ def recalibrate(net: nn.Module, loader: data.DataLoader, count: int, device: tor
     Those of a network that has just been thresholded are still the unthresholded one's.
     """
     normalise = loader.dataset.normalise
-    update_bn((to_device(*batch, device, normalise)[0] for batch in islice(loader, count)), net)
+    with true_float32():
+        update_bn((to_device(*batch, device, normalise)[0] for batch in islice(loader, count)), net)
     average_batchnorm(net)
     sizes = loader.sizes(0)[:count]
     if is_first():

@@ -27,6 +27,7 @@ def take(trainer) -> dict:
         "settings": vars(trainer.args),
         "history": trainer.history,
         "pieces": trainer.pieces,
+        "arithmetics": trainer.arithmetics,
         "cost": trainer.cost,
         "shapes": trainer.shapes,
         "numbering": trainer.numbering,
@@ -64,6 +65,7 @@ def restore(trainer, checkpoint: dict, path: str, *, continues: bool) -> None:
     trainer.history.extend(checkpoint["history"])
     trainer.best = checkpoint["best_prec1"]
     trainer.pieces = checkpoint["pieces"] + 1
+    trainer.arithmetics = list(dict.fromkeys([*checkpoint["arithmetics"], *trainer.arithmetics]))
     trainer.train_loader.load_state_dict(checkpoint["loader"])
     trainer.position = checkpoint["loader"]["position"]
     trainer.saved_means = checkpoint["running_means"] if trainer.position else None

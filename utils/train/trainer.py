@@ -66,6 +66,7 @@ class Trainer:
         adapters: what is trained beside the network in a distilled run.
         network_facts: what a checkpoint must hold besides `arch` for the network to be built again.
         pruning: gradual pruning; None for the other recipes.
+        arithmetics: number formats, with the number of processes where there are several, of all pieces of the run.
         thresholds: whether the optimizer thresholds filters by itself.
         means, saved_means: of the training pass under way; those of a checkpoint that it continues from.
         saved: file, epochs and mini-batches of the latest checkpoint.
@@ -100,6 +101,8 @@ class Trainer:
         self.kept_at_start: dict[str, list[int]] | None = None
         self._objective, self.adapters = objective, getattr(objective, "adapters", None)
         self.acceleration = choose_acceleration(args, device)
+        several = f", {world_size()} processes" if world_size() > 1 else ""
+        self.arithmetics = [f"{self.acceleration.arithmetic}{several}"]
         largest = max(max(train_loader.sizes(epoch)) for epoch in (0, args.epochs - 1))
         self._largest = min(-(-largest // world_size()), args.max_images_per_step or largest)
         self.example = data.first_images(images.test, 2).cpu()[:1]
