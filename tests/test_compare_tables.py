@@ -154,7 +154,7 @@ def test_what_must_not_be_compared_is_not_subtracted(put, tmp_path, changes, set
     assert group.first.remark == remark and ("| published |" in report(tmp_path)) == (not remark)
 
 
-OF_TRAINED = dict(started_from="x.th", learning_rate=0.05, warmup=0.0, prune_begin=0.05, prune_end=0.5)
+OF_TRAINED = dict(started_from="x.th", learning_rate=0.05, warmup=0.0, HTrate=1.0, macs_cut=0.5)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,11 @@ OF_TRAINED = dict(started_from="x.th", learning_rate=0.05, warmup=0.0, prune_beg
         (dict(recipe="distill", teacher="t"), "unpruned+KD"),
         (dict(recipe="finetune"), "AHSG-HT, fine-tuned 30 %"),
         (dict(recipe="prune_gradual", changes=dict(arithmetic="TF32, 2 processes")), "gradual 30 %, TF32, 2 processes"),
-        (dict(recipe="prune_gradual", HTrate=1.0, macs_cut=0.5, **OF_TRAINED), "gradual 50 % of multiply-adds"),
+        (dict(recipe="prune_gradual", prune_begin=0, prune_end=0, **OF_TRAINED), "one-shot 50 % of multiply-adds"),
+        (
+            dict(recipe="prune_gradual", prune_begin=0.05, prune_end=0.5, **OF_TRAINED),
+            "gradual 50 % of multiply-adds, prune_begin 0.05, prune_end 0.5",
+        ),
         (dict(recipe="baseline", widths_of="x"), "small network from scratch, of unknown"),
     ],
 )

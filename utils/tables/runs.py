@@ -81,8 +81,10 @@ class Run:
 
     def _method(self) -> str:
         """AHSG-HT without its heavy ball (v = 0) is the paper's HSG-HT."""
-        if self.is_small or self.is_gradual:
-            name = "small network from scratch" if self.is_small else "gradual"
+        if self.is_small:
+            name = "small network from scratch"
+        elif self.is_gradual:
+            name = "gradual" if self.settings["prune_end"] else "one-shot"
         elif self.settings["v"]:
             name = "AHSG-HT" if self.pruned else "heavy ball, unpruned"
         else:
@@ -102,7 +104,7 @@ class Run:
                 usual = {**usual, "schedule": fitted, "gammas": recipe["gammas"]}
         special = {n: v for n, v in identity(settings).items() if not ALL[n].column and v != usual.get(n)}
         words = [phrase(name, value) for name, value in special.items()]
-        return words + ([] if self.arithmetic == "float32" else [self.arithmetic])
+        return list(filter(None, words)) + ([] if self.arithmetic == "float32" else [self.arithmetic])
 
     def _speed_up(self) -> str:
         """Speed of the small network over the unpruned one in the largest mini-batch, from the latency files beside."""

@@ -181,7 +181,7 @@ OPTIONS: dict[str, list[Option]] = {
         _recipe_option("prune_begin", "share of the steps before the first removal", SHARE, RECIPE,
                        only="gradual", idle=lambda s: not s["prune_end"]),
         _recipe_option("prune_end", "share of the steps after which nothing more is removed", SHARE, RECIPE,
-                       phrases={0: "one-shot"}, only="gradual"),
+                       phrases={0: ""}, only="gradual"),
         _recipe_option("prune_score", "score of a filter: its norm, |gamma| of its BatchNorm, or Taylor (norm)", str,
                        "norm", settings=dict(choices=SCORES), only="gradual"),
         _recipe_option("tied", "remove channels that are added together, together (on)", switch, True,
