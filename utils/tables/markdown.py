@@ -14,7 +14,7 @@ from utils.tables.runs import ROOT, SeedGroup, find_runs, show_path
 from utils.train.run_folder import RUNS
 
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
-README_ROWS = 8
+README_ROWS = 6
 NONE_YET = "No run of full length yet, so nothing here may be set beside a published figure."
 LEGEND = """\
 Top-1 accuracy in % on the test images. Own figures: last epoch, mean over seeds ± half the 95 % interval (variance over
