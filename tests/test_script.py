@@ -160,6 +160,10 @@ def test_images_of_your_own(train, tree, tmp_path):
     assert load(folder / NAME)["state_dict"]["classifier.weight"].shape == (3, 64)
     with pytest.raises(UserError, match="3 classes, the data has 10"):
         train("--resume", folder / NAME, "--dataset", "cifar10")
+    large = train(*own, "--image_size", 40, data=tmp_path / "own")
+    assert load(large / NAME)["input_shape"] == [3, 40, 40]
+    with pytest.raises(UserError, match="vgg11 does not take images of 64x64 .*use another --image_size, or a resnet"):
+        train(*own, "--image_size", 64, data=tmp_path / "own", arch="vgg11")
 
 
 # Values that no option takes are tried in test_options_fuzz.py.
