@@ -20,6 +20,7 @@ from utils.train.distillation import Distillation
 from utils.train.engine import evaluate, to_device
 from utils.train.losses import parse_term
 from utils.train.objective import cross_entropy
+from utils.train.setup import recalibrate
 
 CPU = torch.device("cpu")
 AMP = Acceleration(amp=True)
@@ -106,18 +107,20 @@ def tf32_off():
 
 @pytest.mark.parametrize("tf32", [False, True])
 def test_tf32_is_an_arithmetic_of_its_own_and_never_that_of_tests(tf32, monkeypatch, tf32_off):
-    """cuDNN's convolutions compute in TF32 by default: off without --tf32, and in every test pass."""
+    """cuDNN's convolutions compute in TF32 by default: off without --tf32, and in every pass with --evaluate."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     for switch in tf32_off:
         switch.allow_tf32 = True
     chosen = choose_acceleration(options(amp=False, tf32=tf32), GPU)
     assert chosen.arithmetic == ("TF32" if tf32 else "float32")
     seen = []
-    net = nn.Sequential(nn.Flatten(), nn.Linear(2, 3))
+    net = nn.Sequential(nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 3))
     net.register_forward_hook(lambda *_: seen.append([switch.allow_tf32 for switch in tf32_off]))
     pixels, labels = torch.zeros(4, 2, 1, 1, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
-    evaluate(net, data.DataLoader(data.ImageArrays(pixels, labels, [0.5] * 2, [0.5] * 2, augment=False), 4), CPU)
-    assert seen == [[False, False]] and [switch.allow_tf32 for switch in tf32_off] == [tf32, tf32]
+    loader = data.DataLoader(data.ImageArrays(pixels, labels, [0.5] * 2, [0.5] * 2, augment=False), 4)
+    evaluate(net, loader, CPU)
+    recalibrate(net, loader, 1, CPU)
+    assert seen == [[False, False]] * 2 and [switch.allow_tf32 for switch in tf32_off] == [tf32, tf32]
 
 
 # bfloat16

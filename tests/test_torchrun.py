@@ -1,6 +1,7 @@
 """The scripts as torchrun starts them: two processes, of which one is killed."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -63,5 +64,6 @@ def test_a_killed_rank_ends_the_run_and_one_process_goes_on(jpegs, tmp_path, mon
     assert script.main(["--resume", f"out/{NAME}", "--epochs", str(done + 1), "-j", "0"]) == Path("out")
     assert torch.load(f"out/{NAME}", weights_only=True)["epoch"] == done + 1
     assert "was written by 2 processes, this run has 1" in Path("out/log_seed_1.txt").read_text()
+    assert json.loads(Path("out/results.json").read_text())["arithmetic"] == "float32, 2 processes; float32"
     rows = Path("out/metrics.csv").read_text().splitlines()
     assert [row.partition(",")[0] for row in rows[1:]] == [str(epoch) for epoch in range(done + 1)]
