@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from utils.base.arguments import COUNT, OneLineParser
 from utils.base.errors import UserError
 from utils.base.files import replace_file
 from utils.train.device import describe_machine
+from utils.train.engine import RunningMeans, train_step
 
 
 def benchmark_parser(text: str | None, repeats: int) -> OneLineParser:
@@ -52,6 +54,17 @@ def take_turns(calls: Sequence[Callable], device: torch.device, repeats: int, wa
             if turn >= 0:
                 own.append(time.perf_counter() - begin)
     return seconds
+
+
+def train_epoch(net, loader, objective, optimizer, device, before_step: Callable[[int], object] = lambda t: None):
+    """A pass over a loader with the scripts' training step; the mean loss. `before_step` is called with its number."""
+    net.train()
+    means, sizes = RunningMeans(device), loader.sizes()
+    for t, (images, labels) in enumerate(loader):
+        options = dict(device=device, normalise=loader.dataset.normalise, size=sizes[t])
+        options["before_update"] = partial(before_step, t)
+        train_step(objective, net, images, labels, optimizer, means, **options)
+    return means.read().loss
 
 
 def publish(args: argparse.Namespace, stem: str, note: str, rows: list[dict], **facts) -> None:

@@ -7,6 +7,7 @@ and one that keeps its removed filters as zeros (off), epoch by epoch in turn. R
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
+from itertools import count
 
 import torch
 
@@ -15,11 +16,10 @@ import models
 from AHSG_HT import AHSG_HT
 from utils.base.arguments import COUNT, SHARE
 from utils.base.errors import UserError, run_main
-from utils.bench.common import benchmark_parser, parse_benchmark, publish, take_turns
+from utils.bench.common import benchmark_parser, parse_benchmark, publish, take_turns, train_epoch
 from utils.bench.optimizer import SGD_RECIPE
 from utils.prune.gradual import GradualPruning
 from utils.train.device import flush_denormals, reuse_freed_memory, seed_everything
-from utils.train.engine import RunningMeans, train_step
 from utils.train.objective import cross_entropy
 
 NETS = ("resnet20", "vgg16_bn")
@@ -36,19 +36,14 @@ def make_run(arch: str, shrink: bool, args: argparse.Namespace) -> Callable[[], 
     optimizer = AHSG_HT(net.parameters(), **SGD_RECIPE)
     options = dict(steps=args.repeats * len(loader), begin=BEGIN, end=END, macs_cut=args.macs_cut, shrink=shrink)
     pruning = GradualPruning(net, optimizer, data.first_images(images, 2).to(args.device), **options)
-    done = [0]
+    epochs = count()
 
-    def train_epoch() -> None:
-        means, sizes = RunningMeans(args.device), loader.sizes()
-        for t, (x, y) in enumerate(loader):
-            step = dict(size=sizes[t], before_update=lambda: pruning.before_step(done[0]))
-            train_step(
-                cross_entropy, net, x, y, optimizer, means, device=args.device, normalise=images.normalise, **step
-            )
-            done[0] += 1
-        pruning.end_of_epoch(done[0] - 1)
+    def train_next() -> None:
+        first = next(epochs) * len(loader)
+        train_epoch(net, loader, cross_entropy, optimizer, args.device, lambda t: pruning.before_step(first + t))
+        pruning.end_of_epoch(first + len(loader) - 1)
 
-    return train_epoch
+    return train_next
 
 
 def bench(arch: str, args: argparse.Namespace) -> list[dict]:

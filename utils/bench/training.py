@@ -21,13 +21,12 @@ import models
 from AHSG_HT import AHSG_HT
 from utils.base.arguments import COUNT, WHOLE
 from utils.base.errors import UserError, run_main
-from utils.bench.common import benchmark_parser, parse_benchmark, publish, take_turns
+from utils.bench.common import benchmark_parser, parse_benchmark, publish, take_turns, train_epoch
 from utils.bench.optimizer import HT_RECIPE
 from utils.bench.original_loop import PerFilterLoop, PilImages, train_epoch_original
 from utils.train.acceleration import Acceleration, accelerate, check_compiler
 from utils.train.device import flush_denormals, reuse_freed_memory, seed_everything, usable_cores
 from utils.train.distillation import Distillation
-from utils.train.engine import RunningMeans, train_step
 from utils.train.losses import parse_term
 from utils.train.objective import cross_entropy
 
@@ -66,15 +65,7 @@ def make_loop(
     objective = accelerate(net, objective, args.device, Acceleration(**LOOPS[loop]), args.batch_size)
     loader = data.DataLoader(images, args.batch_size, shuffle=True, seed=1)
 
-    def train_epoch() -> float:
-        net.train()
-        means, sizes = RunningMeans(args.device), loader.sizes()
-        for t, (x, y) in enumerate(loader):
-            options = dict(device=args.device, normalise=images.normalise, size=sizes[t])
-            train_step(objective, net, x, y, optimizer, means, **options)
-        return means.read().loss
-
-    return train_epoch
+    return lambda: train_epoch(net, loader, objective, optimizer, args.device)
 
 
 def forward_pass(teacher: nn.Module, images: data.ImageArrays, args: argparse.Namespace) -> Callable[[], None]:
