@@ -40,7 +40,12 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(plain, whole, tmp_path, poi
 
 @pytest.mark.parametrize(
     ("signum", "point", "count"),
-    [(signal.SIGTERM, "step", 5), (signal.SIGINT, "test batch", 2), (signal.SIGTERM, "small network", 1)],
+    [
+        (signal.SIGTERM, "step", 5),
+        (signal.SIGTERM, "step", 9),  # the last one of the run: only the test pass is left
+        (signal.SIGINT, "test batch", 2),
+        (signal.SIGTERM, "small network", 1),
+    ],
 )
 def test_a_stopped_run_prints_how_to_continue(plain, whole, tmp_path, signum, point, count):
     stopped = run(tmp_path, plain, point=point, count=count, signum=signum)

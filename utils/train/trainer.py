@@ -226,12 +226,13 @@ class Trainer:
         net.train()
         of_all = dict(device=self.device, epoch=epoch, max_images=args.max_images_per_step)
         of_all["normalise"] = loader.dataset.normalise
+        # Where a run goes on after an epoch's last mini-batch, its checkpoints hold the rate of that one all the same.
+        self._set_learning_rate(epoch + min(first, steps - 1) / steps)
         # A bar on a terminal; disable=None: nothing elsewhere.
         options = dict(total=steps, initial=first, leave=False, disable=None if is_first() else True)
         with tqdm(loader if first < steps else (), f"epoch {epoch + 1}/{args.epochs}", **options) as bar:
             for t, (images, labels) in enumerate(bar, start=first):
-                for group in self.optimizer.param_groups:
-                    group["lr"] = learning_rate_at(epoch + t / steps, vars(args))
+                self._set_learning_rate(epoch + t / steps)
                 means.t = t
                 is_last = t + 1 == steps
                 step = dict(size=sizes[t], growth=sizes[t] / sizes[0], before_update=partial(self._prune, before + t))
@@ -266,6 +267,10 @@ class Trainer:
         if result.images_per_s == 0:
             raise UserError(f"not one training image could be read in epoch {epoch}; check the data path")
         return result
+
+    def _set_learning_rate(self, epoch: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(epoch, vars(self.args))
 
     def _prune(self, step: int) -> None:
         """Before the update of a step of the whole run: gradual pruning removes the filters whose turn it is."""
