@@ -266,6 +266,13 @@ def test_every_rank_takes_its_share_in_as_many_parts(monkeypatch, size, expected
     assert counts == {expected}
 
 
+def test_one_image_for_batchnorm_of_a_map_of_one_pixel_is_one_line():
+    net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Flatten())
+    images, labels = torch.randn(1, 3, 1, 1), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(UserError, match=r"got 1 of the 9 images of a mini-batch .*use another --batch_size"):
+        engine.add_gradients(net, cross_entropy, images, labels, 9, None, engine.RunningMeans(CPU))
+
+
 class Shares:
     """The naive version of several ranks with BatchNorm, in one process: the shares of a mini-batch go through the
     network one after the other, each with its own statistics; copies keep running statistics."""

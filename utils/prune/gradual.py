@@ -208,10 +208,9 @@ class GradualPruning:
     def plan_text(self) -> str:
         """Before training: the schedule, what will be left (uniform) and what is kept, and why."""
         plan = self.plan
-        lines = [
-            f"gradual pruning by {self.score}, {self.allocation}: nothing is removed before step {self.first}, "
-            f"the removed share grows every {self.every} steps until step {self.last}"
-        ]
+        steps = f"nothing before step {self.first}, then a share that grows every {self.every} steps to {self.last}"
+        steps = steps if self.last else "everything before the first step"
+        lines = [f"pruning by {self.score}, {self.allocation}, removes {steps}"]
         if self.allocation == "uniform":
             everything = torch.ones_like(self.alive)
             end = remove_to(plan, everything, everything.double(), uniform(plan, self.rate, self.round_to))

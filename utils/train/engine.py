@@ -10,8 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from AHSG_HT import AHSG_HT
+from utils.base.errors import UserError
 from utils.train.acceleration import true_float32
 from utils.train.distributed import gather, rank, sum_over_ranks, world_size
+
+ONE_VALUE = (
+    "BatchNorm has one value per channel to normalise, as a process got {} of the {} images of a mini-batch and the "
+    "network makes them 1x1; use another --batch_size or --max_images_per_step, fewer processes, or larger images"
+)
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,12 @@ def add_gradients(
         # The ranks exchange the gradients accumulated over the parts, once.
         held_back = hasattr(objective, "no_sync") and (objective.exchanges_last or part < parts - 1)
         with objective.no_sync() if held_back else nullcontext():
-            loss, logits = objective(net, x, y)
+            try:
+                loss, logits = objective(net, x, y)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise UserError(ONE_VALUE.format(len(y), size)) from None
             # The loss is a mean over len(y), and DistributedDataParallel divides by the number of ranks.
             weight = world_size() * len(y) / size
             (loss if weight == 1 else loss * weight).backward()
