@@ -48,6 +48,19 @@ def test_a_run_resumes_across_a_cut_to_the_last_bit(train, whole, steps, stop, m
     assert json.loads((part / "results.json").read_text())["pieces"] == 2
 
 
+def test_auto_continues_a_run_that_began_trained_where_its_folder_is_named(train, teacher, monkeypatch):
+    """Its recipe has other numbers than from random weights; a run from random weights does not continue it."""
+    flags = ["--recipe", "prune_gradual", "--macs_cut", 0.3, "--epochs", 2]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 5)
+        train(*flags, "--resume", teacher, "--save_path", "runs/prune_gradual-cifar10-resnet8-cut0.3-seed1")
+    trained = train(*flags, "--save_path", "./runs/prune_gradual-cifar10-resnet8-cut0.3-seed1", "--resume", "auto")
+    settings = json.loads((trained / "results.json").read_text())["settings"]
+    assert (settings["started_from"], settings["learning_rate"], settings["prune_end"]) == (str(teacher), 0.05, 0.0)
+    as_trained = ["--learning_rate", 0.05, "--warmup", 0, "--prune_begin", 0, "--prune_end", 0]
+    assert train(*flags, *as_trained, "--resume", "auto") != trained
+
+
 def stop_at(monkeypatch, step):
     """Interrupts a run at a step (of 4 an epoch)."""
     from utils.train import trainer

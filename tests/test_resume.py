@@ -125,6 +125,9 @@ def test_auto_identifies_runs_by_their_content_not_by_paths(train, tree, tmp_pat
     again = ["--epochs", 2, "--resume", "auto", "--teacher", "./copy.pth.tar"]
     assert train(*again, data=tmp_path / "linked") == first
     assert train("--epochs", 1, "--resume", "auto", "--teacher", teacher) != first, "it is longer than this run"
+    narrow = ["--recipe", "baseline", "--epochs", 1, "--resume", "auto", "--widths_of"]
+    small = first / "small.resnet8.pth.tar"
+    assert train(*narrow, small) == train(*narrow, f"./{small}")
 
 
 def test_files_of_others_count_for_their_weights_and_epoch(train, tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Sequence
 
 from utils.base.errors import UserError
@@ -39,10 +40,10 @@ def number(kind: Callable, accept: Callable[[float], bool], meaning: str):
 
 
 def path_name(text: str) -> str:
-    """An argparse type: a path; an empty one is a shell variable that was not set."""
+    """An argparse type: a path, "./a" as "a", since runs are compared by it; "" is a shell variable that is not set."""
     if not text:
         raise argparse.ArgumentTypeError("must be a path, got ''")
-    return text
+    return os.path.normpath(text)
 
 
 def switch(text: str) -> bool:

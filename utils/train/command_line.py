@@ -97,7 +97,7 @@ def resolve(given: dict, adopted: dict, *, family: str, arch: str) -> argparse.N
     dataset = "imagenet" if family == "imagenet" else chosen.get("dataset", "cifar10")
     defaults = recipe_settings(chosen["recipe"], dataset)
     recipe = recipes_of(dataset)[chosen["recipe"]]
-    if chosen.get("resume") not in (None, "auto") or chosen.get("use_pretrain"):
+    if chosen.get("resume") not in (None, "auto") or chosen.get("use_pretrain") or chosen.get("started_from"):
         defaults.update(recipe.get("trained", {}))
     if given.get("loss"):
         on = "logits" if "feature" not in LOSSES[given["loss"]].compares else "feature"

@@ -69,7 +69,12 @@ def choose_start(
     read = resume not in (None, "auto")
     modified = os.stat(resume).st_mtime_ns if read and os.path.isfile(resume) else None
     checkpoint = models.load_checkpoint(resume, arch) if read else None
-    args = settings(given, adopted_settings(given, checkpoint))
+    adopted = adopted_settings(given, checkpoint)
+    if resume == "auto" and "save_path" in given:
+        # Where the run in a folder that is named began with a trained network, its recipe has other numbers.
+        found = _furthest(Path(given["save_path"]), arch, [])
+        adopted["started_from"] = found and found[1].get("settings", {}).get("started_from")
+    args = settings(given, adopted)
     has_teacher = args.teacher and os.path.isfile(args.teacher) and not args.evaluate
     args.teacher_sha256 = hashlib.sha256(Path(args.teacher).read_bytes()).hexdigest() if has_teacher else None
     notes: list[str] = []
@@ -188,6 +193,9 @@ def _find_run(args: argparse.Namespace, notes: list[str]) -> tuple[Path, dict, i
         changes = changed_settings(args, checkpoint) if "settings" in checkpoint else ["it has no settings"]
         if checkpoints.progress(checkpoint) > (args.epochs, 0):
             changes.append(f"it has {checkpoint['epoch']} epochs, more than --epochs {args.epochs}")
+        file = checkpoint.get("settings", {}).get("started_from")
+        if file and not args.save_path and args.recipe != "finetune":
+            changes.append(f"it began with '{file}'")
         matching += [] if changes else [found]
         reason = f"holds another run ({', '.join(changes)})"
     for note in notes:
