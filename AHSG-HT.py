@@ -57,8 +57,8 @@ class AHSG_HT(Optimizer):
             largest (the paper, the release). False: what H has removed stays zero.
         additives: {4-D weight: its additive parameters (C_out,), zeroed with its filters}; a weight that is missing has
             none. utils.small.filters.filter_additives makes it from a network's structure. None: by the order of
-            parameters in their group (`following_additives`), right for Conv-BatchNorm-ReLU networks; order cannot tell
-            them from networks with a PReLU per channel or with pre-activation blocks.
+            parameters in their group (`following_additives`), right for Conv-BatchNorm-ReLU networks. With a PReLU per
+            channel or pre-activation blocks the order can be the same: it then zeroes parameters of others, so give it.
 
     Every 4-D weight is thresholded: a convolution that makes the logits belongs into a group of its own with HTrate=1.
     All options but `additives` are parameter-group options: groups may differ, and a schedule may change them between

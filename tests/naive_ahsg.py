@@ -26,7 +26,7 @@ def filter_norm(weight: Tensor, norm: int) -> float:
     return math.fsum(map(abs, entries)) if norm == 1 else math.sqrt(math.fsum(e * e for e in entries))
 
 
-def additive_followers(params: list[Tensor], index: int) -> list[int]:
+def additives_after(params: list[Tensor], index: int) -> list[int]:
     """Where the convolution bias and BatchNorm bias of params[index] are, in the order of net.parameters()."""
     run = []
     for i in range(index + 1, len(params)):
@@ -108,7 +108,7 @@ class NaiveAHSG:
             if self.unit == "element":
                 scores, owned = [abs(e) for e in x.flatten().tolist()], [i]
             elif x.dim() == 4:
-                scores, owned = [filter_norm(w, self.norm) for w in x], [i, *additive_followers(self.x, i)]
+                scores, owned = [filter_norm(w, self.norm) for w in x], [i, *additives_after(self.x, i)]
             else:
                 continue
             self.kept[i] = brute_force_kept(scores, self.HTrate)

@@ -10,7 +10,7 @@ import models
 from utils.base.errors import UserError
 from utils.tables.compare import comparison_line, order, published_beside
 from utils.tables.costs import papers_cut
-from utils.tables.markdown import BEGIN, END, main, make_report, replace_block, update
+from utils.tables.markdown import BEGIN, END, NONE_YET, main, make_report, readme_block, replace_block, update
 from utils.tables.published import PUBLISHED, read_published
 from utils.tables.runs import ROOT, describe_source, find_runs
 from utils.tables.statistics import half_width, half_width_of_difference
@@ -264,6 +264,25 @@ def test_update_writes_report_picture_and_the_readmes_block(put, tmp_path):
     for text in ("", BEGIN, f"{END} {BEGIN}", f"{BEGIN} {END} {END}"):
         with pytest.raises(UserError, match="once each"):
             replace_block(text, "block")
+
+
+def test_the_readme_shows_recipes_as_they_are_until_there_is_a_full_run(put, tmp_path):
+    put("short", **SHORT), put("other", decay=0.1, **SHORT), put("own data", changes={"train_images": 60}, **SHORT)
+    block = readme_block(groups(tmp_path))
+    rows = [line for line in block.splitlines() if line.startswith("| resnet20")]
+    assert len(rows) == 1 and "AHSG-HT 30 %" in rows[0] and "full length (not run): AHSG-HT+KD 91.71" in rows[0]
+    assert NONE_YET in block
+    put("full")
+    block = readme_block(groups(tmp_path))
+    assert NONE_YET not in block and block.count("| resnet20") == 1 and "not run" not in block
+
+
+def test_the_committed_reports_are_those_of_the_committed_results():
+    found, notes = find_runs([ROOT / "results"])
+    by_hand = (ROOT / "results/notes.md").read_text()
+    report = make_report(found, notes, base=ROOT / "results", by_hand=by_hand, picture="accuracy.png")
+    assert (ROOT / "results/README.md").read_text() == report, "renew it: python -m utils.compare_tables --update"
+    assert readme_block(found) in (ROOT / "README.md").read_text()
 
 
 def test_the_command_prints_the_tables(put, tmp_path, capsys):

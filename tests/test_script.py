@@ -138,7 +138,7 @@ def test_evaluate_prints_the_accuracy_and_writes_nothing(train, tree, capsys, tm
     tested = []
     monkeypatch.setattr(setup, "evaluate", lambda net, *rest: (tested.append(net), evaluate(net, *rest))[1])
     train("--evaluate", "--resume", folder / NAME, "--batch_size", 10, "--k", "none", "--recalibrate", 2)
-    assert "taken anew over 20 training images in 2 mini-batches" in capsys.readouterr().out
+    assert "recomputed over 20 training images in 2 mini-batches" in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
     net, first = tested[0], tested[0].bn_1
     images = data.load("cifar10", str(tree), seed=1)

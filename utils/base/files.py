@@ -84,7 +84,7 @@ def end_last_line(path: Path) -> None:
 
 @contextlib.contextmanager
 def network_timeout() -> Iterator[None]:
-    """In here a server that does not answer within PROBE_SECONDS is an OSError; torch and torchvision set no
+    """Within it a server that does not answer within PROBE_SECONDS is an OSError; torch and torchvision set no
     timeout.
     """
     previous = socket.getdefaulttimeout()

@@ -60,7 +60,7 @@ class StopRequest:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """In here a signal waits until `pending` is called."""
+        """Within it a signal waits until `pending` is called."""
         outer, self._deferred = self._deferred, True
         try:
             yield

@@ -1,1 +1,1 @@
-"""Benchmarks: the training loop, the optimizer's step, and the small network against the unpruned one."""
+"""Benchmarks: training loops, the optimizer's step, the cuts, small networks, torchvision's networks, a GPU."""

@@ -63,7 +63,7 @@ def threshold(net: nn.Module, images: Tensor, random_means: bool) -> None:
 
 @torch.no_grad()
 def make_row(name: str, random_means: bool) -> dict:
-    """What came of one network; a refusal or an error is its result."""
+    """The result for one network, which may be a refusal or an error."""
     row = dict.fromkeys(COLUMNS, "-") | {"network": name, "result": "equal", "saved (%)": 0.0}
     try:
         net, images = make_network(name)

@@ -14,7 +14,7 @@ from utils.tables.runs import ROOT, SeedGroup, find_runs, show_path
 from utils.train.run_folder import RUNS
 
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
-README_ROWS = 6
+README_ROWS, README_PUBLISHED = 6, 2
 NONE_YET = "No run of full length yet, so nothing here may be set beside a published figure."
 LEGEND = """\
 Top-1 accuracy in % on the test images. Own figures: last epoch, mean over seeds ± half the 95 % interval (variance over
@@ -84,11 +84,19 @@ def make_report(groups: list[SeedGroup], notes: list[str], *, base: Path, by_han
 
 
 def readme_block(groups: list[SeedGroup]) -> str:
-    """The README's table with its markers: the first full-length rows, or, while there are none, shorter ones."""
+    """The README's table with its markers: the first full-length rows or, while there are none, shorter ones of recipes
+    as they are, beside the published rows that a full run of them will be compared with.
+    """
     full = [group for group in groups if group.is_comparable]
-    rows = table(README, [row_cells(group, ROOT) for group in (full or groups)[:README_ROWS]])
+    chosen = (full or [group for group in groups if group.first.is_usual and not group.first.data_remark])[:README_ROWS]
+    rows = [row_cells(group, ROOT) for group in chosen]
+    for group, row in zip(chosen, rows, strict=True):
+        beside = published_beside(group.first, read_published())[:README_PUBLISHED]
+        row["published"] = row["published"] or (
+            "full length (not run): " * bool(beside) + "<br>".join(map(str, beside))
+        )
     more = "All rows, commands and logs, and what they do not show: [results/README.md](results/README.md)."
-    return "\n\n".join([BEGIN, *([] if full else [NONE_YET]), rows, more, END])
+    return "\n\n".join([BEGIN, *([] if full else [NONE_YET]), table(README, rows), more, END])
 
 
 def replace_block(text: str, block: str) -> str:

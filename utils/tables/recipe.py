@@ -1,8 +1,8 @@
 """What run_cifar.sh does: `python -m utils.tables.recipe [RECIPE] [DATA] [flags of cifar10_resnet_test.py]`.
 
-Adds to the training script what a newcomer expects of one command: data that is found, downloaded or (loudly) replaced,
-a short run on a machine without a GPU, a run that continues where it was interrupted, and the runs that a distilled one
-is compared with. `table --help` explains tables of several runs.
+Adds to the training script what a newcomer expects of one command: data that is found, downloaded or replaced (which it
+says in capitals), a short run on a machine without a GPU, a run that continues where it was interrupted, and the runs
+that a distilled one is compared with. `table --help` explains tables of several runs.
 """
 
 import os

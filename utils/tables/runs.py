@@ -36,6 +36,7 @@ class Run:
         data_remark: why the images are not those of published figures, "" where they are.
         remark: why the accuracy must not be set beside published ones, "" where it may.
         name: method and rate, and in what the recipe differs from that of its name.
+        is_usual: it differs in nothing.
         key: what runs share that differ by their seed only.
     """
 
@@ -65,7 +66,8 @@ class Run:
         cut = f" {100 * settings['macs_cut']:g} % of multiply-adds" if settings.get("macs_cut") else ""
         small_of = [f"of {results.get('widths_from') or 'unknown'}"] if self.is_small else []
         method = self._method() + (cut or (f" {rate:g} %" if rate else ""))
-        self.name = ", ".join([method, *small_of, *self._special(usual)])
+        special = self._special(usual)
+        self.name, self.is_usual = ", ".join([method, *small_of, *special]), not special
         own = [self.dataset, recipe, self.arch, teacher.get("arch"), teacher.get("sha256"), small_of, self.epochs]
         self.key = json.dumps(
             [identity(settings), own, self.started_from, self.images, self.arithmetic], sort_keys=True

@@ -67,7 +67,7 @@ def choose_acceleration(args: argparse.Namespace, device: torch.device) -> Accel
 
 @contextmanager
 def true_float32() -> Iterator[None]:
-    """In here convolutions and matrix products of a GPU compute in float32, not in TF32."""
+    """Within it convolutions and matrix products of a GPU compute in float32, not in TF32."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
     cudnn.allow_tf32 = matmul.allow_tf32 = False
@@ -100,7 +100,7 @@ def make_deterministic() -> None:
 def fewest_compiled(largest: int) -> int:
     """Size from which mini-batches go through the compiled network, so that one compilation serves them all.
 
-    torch compiles anew on either side of 1 image (a constant to it), of 16 (its choice of a convolution kernel
+    torch compiles again on either side of 1 image (a constant to it), of 16 (its choice of a convolution kernel
     depends on it) and, on a CPU, where a sum over a channel passes 4096 numbers, which is at 64 images of 8x8 pixels.
     What is smaller is an epoch's first mini-batch, or its last one, and runs uncompiled.
     """

@@ -214,7 +214,7 @@ class ParallelObjective:
         self.exchanges_last = any(isinstance(module, nn.SyncBatchNorm) for module in net.modules())
         # Each rank's BatchNorm keeps its own running statistics; `average_batchnorm` averages them.
         self.module.broadcast_buffers = False
-        # DistributedDataParallel orders its buckets anew after the first backward pass, and with them the sums over
+        # DistributedDataParallel reorders its buckets after the first backward pass, and with them the sums over
         # three and more ranks. That happens here, with gradients of 0, so that a resumed run sums in the same order.
         for _ in range(2):
             self.exchange()

@@ -24,7 +24,7 @@ class Loss(nn.Module):
 
     Attributes:
         compares: what it can be taken between, some of KD_ON.
-        same_width: whether student and teacher must be equally wide; an adapter sees to it.
+        same_width: whether student and teacher must be equally wide; an adapter makes them so.
     """
 
     compares: tuple[str, ...] = KD_ON

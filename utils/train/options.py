@@ -233,7 +233,7 @@ OPTIONS: dict[str, list[Option]] = {
         Option("save_every", "mini-batches between two checkpoints within an epoch (none: at its end)", COUNT,
                settings=dict(metavar="N")),
         Option("evaluate", "only test the network of --resume", default=False, flags=("-e",)),
-        Option("recalibrate", "with --evaluate: BatchNorm statistics anew, over N mini-batches of training images",
+        Option("recalibrate", "with --evaluate: recompute BatchNorm's statistics over N training mini-batches",
                COUNT, settings=dict(metavar="N")),
         Option("manualSeed", "seed of everything random (1)", SEED, 1, flags=("--seed",), same_run=True, batches=True),
         Option("workers", "processes that make mini-batches (0: this one; ImageNet: the cores)", WHOLE, None,

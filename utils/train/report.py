@@ -50,7 +50,7 @@ def log_settings(trainer) -> None:
         log(trainer.pruning.plan_text())
     else:
         log(f"keeping HTrate={args.HTrate:g} of the filters, that is prune_rate={args.prune_rate:g} removed")
-        log(format_plan(trainer.plan))
+        log(format_plan(trainer.convolutions))
     for note in trainer.start.notes:
         log(note)
     late = [m for m in args.schedule if m >= args.epochs] if args.lr_schedule == "steps" else []

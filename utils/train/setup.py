@@ -1,4 +1,4 @@
-"""What the training scripts build once they know data and network: teacher, objective, optimizer, loaders, pruning."""
+"""What the training scripts build once they know data and network: teacher, objective, optimizer, loaders."""
 
 import argparse
 import math
@@ -272,7 +272,7 @@ def test_only(
 
 
 def recalibrate(net: nn.Module, loader: data.DataLoader, count: int, device: torch.device) -> None:
-    """Takes BatchNorm's statistics anew over the first training mini-batches: the mean of each one's, no weight
+    """Recomputes BatchNorm's statistics over the first training mini-batches: the mean of each one's, no weight
     changes.
 
     Those of a network that has just been thresholded are still the unthresholded one's.
@@ -283,4 +283,4 @@ def recalibrate(net: nn.Module, loader: data.DataLoader, count: int, device: tor
     average_batchnorm(net)
     sizes = loader.sizes(0)[:count]
     if is_first():
-        print(f"BatchNorm statistics taken anew over {sum(sizes)} training images in {len(sizes)} mini-batches")
+        print(f"BatchNorm statistics recomputed over {sum(sizes)} training images in {len(sizes)} mini-batches")

@@ -1,4 +1,4 @@
-"""What a run keeps of itself: the content of its checkpoints, and how a new process takes it up again."""
+"""What a run keeps of itself: the content of its checkpoints, and how a new process continues from it."""
 
 import torch
 

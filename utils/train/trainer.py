@@ -113,8 +113,8 @@ class Trainer:
         self.shapes = first.get("shapes") or {n: list(p.shape) for n, p in net.named_parameters() if p.dim() == 4}
         # Numbers of the network's filters in the unpruned one, where it begins cut.
         self.numbering = saved.get("numbering", {}) if saved else {} if first.get("small") else first.get("kept", {})
-        self.plan = plan_convolutions(net, optimizer)
-        self.thresholds = isinstance(optimizer, AHSG_HT) and any(layer.removed for layer in self.plan)
+        self.convolutions = plan_convolutions(net, optimizer)
+        self.thresholds = isinstance(optimizer, AHSG_HT) and any(layer.removed for layer in self.convolutions)
         # Before weights are restored: DistributedDataParallel gives every rank the BatchNorm statistics of the first.
         self._wrap()
         if world_size() > 1:
@@ -205,7 +205,7 @@ class Trainer:
         check_same_on_all_ranks(kept, epoch)
         self._log_bad_images()
         if self.thresholds:
-            self.run.log(f"  **Filters** zero: {count_zero_filters(self.plan, kept)}")
+            self.run.log(f"  **Filters** zero: {count_zero_filters(self.convolutions, kept)}")
         losses = dict(train_loss=trained.loss, train_acc=trained.top1, test_loss=tested.loss, test_acc=tested.top1)
         times = dict(images_per_s=trained.images_per_s, seconds=trained.seconds + tested.seconds)
         self.history.append(dict(epoch=epoch, lr=learning_rate_at(epoch, vars(self.args)), **losses, **times))
@@ -260,7 +260,7 @@ class Trainer:
             average_batchnorm(net)
             if self.thresholds:
                 try:
-                    check_plan(self.plan, self.kept(), self.kept_at_start)
+                    check_plan(self.convolutions, self.kept(), self.kept_at_start)
                 except UserError as error:
                     raise UserError(f"after epoch {epoch}: {error}; {self.last_good()}") from None
         result = means.read()
