@@ -29,6 +29,7 @@ from utils.base.arguments import (
     switch,
 )
 from utils.base.errors import UserError
+from utils.prune.gradual import ALLOCATIONS
 from utils.prune.scores import SCORES
 from utils.train.distributed import DIST_TIMEOUT
 from utils.train.losses import LOSSES, parse_term
@@ -187,7 +188,7 @@ OPTIONS: dict[str, list[Option]] = {
         _recipe_option("tied", "remove channels that are added together, together (on)", switch, True,
                        settings=dict(metavar="on|off"), phrases={False: "untied"}, only="gradual"),
         _recipe_option("allocation", "the same rate in all layers, or chosen over the whole network (uniform)", str,
-                       "uniform", settings=dict(choices=("uniform", "global")), only="gradual"),
+                       "uniform", settings=dict(choices=ALLOCATIONS), only="gradual"),
         _recipe_option("round_to", "make widths multiples of N (1)", COUNT, 1, settings=dict(metavar="N"),
                        only="gradual"),
         Option("shrink", "cut removed filters out of the network while it trains (on)", switch, True, same_run=True,
