@@ -189,12 +189,12 @@ def first_images(dataset, count: int) -> torch.Tensor:
     """The first readable images of an image data set, normalised (B, C, H, W), B <= count: the same on every rank.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     for images, _ in DataLoader(dataset, count, num_replicas=1, rank=0):
         if len(images):
             return dataset.normalise(images)
-    raise ValueError("not one image can be read")
+    raise UserError("not one image of the data can be read; check the data path")
 
 
 def _unchanged(batch):

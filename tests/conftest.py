@@ -12,6 +12,17 @@ import models.registry
 from data.synthetic import make_images
 
 torch.set_num_threads(1)
+GPUS = pytest.MonkeyPatch()
+ON_GPUS = ("test_optimizer.py", "test_optimizer_on_gpus.py", "test_bench_optimizer.py")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Hides the GPUs from runs and processes of tests that expect the bits of a CPU."""
+    GPUS.undo()
+    if item.path.name not in ON_GPUS:
+        GPUS.setenv("CUDA_VISIBLE_DEVICES", "")
+        GPUS.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -28,6 +29,8 @@ def test_a_run_is_cut_while_it_trains(whole, tree, capsys):
     full, left = (results["small"][when]["multiply_adds"] for when in ("before", "after"))
     assert full == results["network"]["multiply_adds"] == 12_239_488 and left <= full / 2
     assert log.count("network cut after step") >= 2 and "multiply-adds 12,239,488" in log
+    differences = re.findall(r"network cut .*logits differ by at most (\S+) on 20 images", log)
+    assert len(differences) >= 2 and all(float(difference) < 1e-5 for difference in differences)
     weights = load(whole)["state_dict"]
     for layer in results["filters"]:
         assert layer["kept"] == len(layer["kept_indices"]) == len(weights[layer["name"]]) < layer["shape"][0]

@@ -182,6 +182,18 @@ def test_bad_images_are_named_counted_and_left_out(train, damaged):
     assert log.count("**Skipped** 2 images") == 2 and results(folder)["images_skipped"] == 2
 
 
+def test_no_image_that_can_be_read_is_one_line(train, jpegs, tmp_path):
+    for split in ("train", "val"):
+        shutil.copytree(jpegs / split, tmp_path / "broken" / split)
+    for file in (tmp_path / "broken/val").rglob("*.JPEG"):
+        file.write_bytes(b"no image")
+    with pytest.raises(UserError, match="not one image of the data can be read"):
+        train("--epochs", 1, "--recipe", "baseline", data=tmp_path / "broken")
+    trained = train("--epochs", 1, "--recipe", "baseline", data=jpegs)
+    with pytest.raises(UserError, match="not one test image can be read"):
+        train("--evaluate", "--resume", trained / NAME, data=tmp_path / "broken")
+
+
 def test_a_mini_batch_without_a_readable_image_is_empty(damaged):
     copy, cut, _ = damaged
     images = ImageFiles(copy, [str(cut)] * 2, [0, 0], size=32, augment=True)

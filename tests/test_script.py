@@ -1,6 +1,7 @@
 """cifar10_resnet_test.py from its command line to the files that it leaves."""
 
 import csv
+import importlib
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 from tiny import settings_of
@@ -88,6 +90,28 @@ LINES = {
 }
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU, before the tests hide it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+
+
+def test_tests_do_not_see_a_gpu(gpu, request):
+    conftest.pytest_runtest_setup(request.node)
+    assert not torch.cuda.is_available() and os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.parametrize("name", ["cifar10_resnet_test", "imagenet_resnet_test"])
+def test_one_process_of_a_machine_reads_the_data_first(name, monkeypatch):
+    module = importlib.import_module(name)
+    monkeypatch.setattr(module, "first_on_machine", lambda make: 1 / 0)
+    monkeypatch.setattr(module.data, "load", lambda *a, **o: pytest.fail("read before"))
+    monkeypatch.setattr(module.data, "load_imagenet", lambda *a, **o: pytest.fail("read before"))
+    with pytest.raises(ZeroDivisionError):
+        module.main(["DATA"])
+
+
 def test_a_pruned_run_leaves_everything_behind(train, capsys):
     folder = train("--epochs", 2, "--save_path", "out", "--manualSeed", 5)
     assert folder == Path("out")
@@ -162,6 +186,10 @@ def test_images_of_your_own(train, tree, tmp_path):
         train("--resume", folder / NAME, "--dataset", "cifar10")
     large = train(*own, "--image_size", 40, data=tmp_path / "own")
     assert load(large / NAME)["input_shape"] == [3, 40, 40]
+    # What a network costs is that of the size that it is trained on.
+    first = results(folder)["network"]
+    again = results(train("--resume", folder / NAME, "--image_size", 40, "--epochs", 2, data=tmp_path / "own"))
+    assert again["network"] == results(large)["network"] != first
     with pytest.raises(UserError, match=r"vgg11 does not take images of 64x64 .*use another --image_size"):
         train(*own, "--image_size", 64, data=tmp_path / "own", arch="vgg11")
 

@@ -260,13 +260,20 @@ class ThreeConvs(nn.Module):
 
 
 GROUPED_TWICE = nn.Sequential(*[nn.Conv2d(6, 6, 1, groups=3)] * 2)
+INTO_ITSELF, ROWS = Net(lambda net, x: torch.add(x, x, out=x)), Net(lambda net, x: torch.cat(tensors=[x, x], dim=2))
 
 
-@pytest.mark.parametrize("middle", [Shuffle(), nn.GroupNorm(3, 6), nn.PixelShuffle(1), nn.Softmax(1), GROUPED_TWICE])
+@pytest.mark.parametrize(
+    "middle", [Shuffle(), nn.GroupNorm(3, 6), nn.PixelShuffle(1), nn.Softmax(1), GROUPED_TWICE, INTO_ITSELF]
+)
 def test_unknown_operation_keeps_its_channels(middle):
     small, report = cut(ThreeConvs(middle), 12)
     assert (small.a.out_channels, small.b.out_channels, small.c.out_channels) == (3, 6, 2)
     assert "middle" in report.kept_whole["b"] and "a" not in report.kept_whole
+
+
+def test_rows_of_tensors_by_keyword_are_no_channels():
+    assert cut(ThreeConvs(ROWS), 12)[0].b.out_channels == 6
 
 
 def in_place(net, x):
@@ -292,12 +299,13 @@ def test_values_that_share_storage_with_one_changed_in_place(change):
     cut(ThreeConvs(Net(in_place, change=change)), 12)
 
 
-def test_a_value_changed_in_place_through_one_without_channels():
+@pytest.mark.parametrize("change", [lambda x: x.view(-1).add_(1), *map(adds_to, VIEWS)])
+def test_constants_changed_in_place_through_a_view(change):
     """The first layer's removed channels become 1, which only the removed filters' weights read."""
 
     def steps(net, x):
         x = net.a(x)
-        x.view(-1).add_(1)
+        change(x)
         return net.head(net.c(F.relu(net.b(x))).mean((2, 3)))
 
     torch.manual_seed(0)

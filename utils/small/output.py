@@ -77,6 +77,8 @@ def small_table(arch: str, facts: dict, report: Report) -> str:
         b = facts["after"][name]
         lines.append(f"{name.replace('_', '-'):{width}}  {a:14,}  {b:14,}  {100 * (b / a - 1):+5.1f} %")
     equality = f"logits differ by at most {report.difference:.1e} on {report.images} images"
+    if all(len(kept) == report.filters[name] for name, kept in report.kept.items()):
+        equality = "nothing was left to cut out"
     lines.append(f"file {facts['file_bytes']:,} B; {equality}")
     if report.merged:
         lines.append(f"{report.merged} constant channels, not zero, moved into a bias or one constant channel")

@@ -216,8 +216,8 @@ def _binary(channels: Channels, node: fx.Node, module: None) -> Value:
     tensors = [a for a in node.args if isinstance(a, fx.Node)]
     values = [channels.values.get(a) for a in tensors]
     numbers = [a for a in node.args if isinstance(a, (int, float))]
-    of_two = len(tensors + numbers) == len(node.args) == 2 and set(node.all_input_nodes) == set(tensors)
-    if not tensors or None in values or not of_two:
+    of_two = len(tensors + numbers) == len(node.args) == 2
+    if not tensors or None in values or not of_two or any(isinstance(a, fx.Node) for a in node.kwargs.values()):
         raise Unknown(f"{layer_name(node)} has operands that are not known")
     if len({(len(a.meta["shape"]), a.meta["shape"][1]) for a in tensors}) != 1:
         raise Unknown(f"{layer_name(node)} has operands of different channels")
@@ -234,9 +234,8 @@ def _binary(channels: Channels, node: fx.Node, module: None) -> Value:
 
 
 def _concatenation(channels: Channels, node: fx.Node, module: None) -> Value:
-    parts = node.args[0] if node.args else ()
-    dim = _argument(node, 1, "dim", 0)
-    if not isinstance(parts, (list, tuple)) or any(p not in channels.values for p in parts):
+    parts, dim = _argument(node, 0, "tensors"), _argument(node, 1, "dim", 0)
+    if not parts or not isinstance(parts, (list, tuple)) or any(p not in channels.values for p in parts):
         raise Unknown(f"{layer_name(node)} has parts that are not known")
     if not isinstance(dim, int) or dim % len(parts[0].meta["shape"]) != 1:
         raise Unknown(f"{layer_name(node)} is not along the channels")

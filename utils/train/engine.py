@@ -20,6 +20,12 @@ ONE_VALUE = (
 )
 
 
+class OneValue(UserError):
+    """BatchNorm would have to normalise one value per channel, on this rank at least."""
+
+    of_one_rank = True
+
+
 @dataclass(frozen=True)
 class PassResult:
     """Means over one pass and all ranks: loss, top-1 and top-5 in percent; wall-clock seconds, images per second."""
@@ -151,7 +157,7 @@ def add_gradients(
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise
-                raise UserError(ONE_VALUE.format(len(y), size)) from None
+                raise OneValue(ONE_VALUE.format(len(y), size)) from None
             # The loss is a mean over len(y), and DistributedDataParallel divides by the number of ranks.
             weight = world_size() * len(y) / size
             (loss if weight == 1 else loss * weight).backward()
@@ -180,6 +186,17 @@ def evaluate(
             on_batch()
     net.train(was_training)
     return means.read()
+
+
+@torch.no_grad()
+def logits_of(net: nn.Module, images: Tensor) -> Tensor:
+    """Logits (B, classes) in eval mode and float32."""
+    was_training = net.training
+    net.eval()
+    with true_float32():
+        logits = net(images)
+    net.train(was_training)
+    return logits
 
 
 def format_pass(name: str, result: PassResult) -> str:

@@ -264,10 +264,13 @@ def test_only(
     test_loader = on_all(lambda: build_test_loader(images, args, device))
     tested = evaluate(net, test_loader, device)
     skipped = gather_bad_images(test_loader)
+    count = len(images.test) - len(skipped)
+    if not count:
+        raise UserError("not one test image can be read; check the data path")
     if is_first():
         for path in skipped:
             print(f"skipped, cannot be read: {path}")
-        print(f"{args.student} of {origin} on {len(images.test)} test images ({images.source})")
+        print(f"{args.student} of {origin} on {count} test images ({images.source})")
         print(format_pass("Test", tested))
 
 

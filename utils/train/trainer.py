@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+import models
 from AHSG_HT import AHSG_HT
 from utils.base.errors import UserError
 from utils.base.signals import Stopped, stop
@@ -35,13 +36,23 @@ from utils.train.distributed import (
     rank,
     world_size,
 )
-from utils.train.engine import PassResult, RunningMeans, evaluate, format_pass, gather_bad_images, train_step
+from utils.train.engine import (
+    PassResult,
+    RunningMeans,
+    evaluate,
+    format_pass,
+    gather_bad_images,
+    logits_of,
+    train_step,
+)
 from utils.train.recipes import learning_rate_at
 from utils.train.resume import Start, resume_command
 from utils.train.run_folder import RunFolder
 
 # Seconds between two drawings of the curves while a run is under way.
 DRAW_SECONDS = 60
+# Test images on which the network is compared before and after a cut.
+CUT_COMPARED = 32
 
 
 class Trainer:
@@ -105,11 +116,16 @@ class Trainer:
         self.arithmetics = [f"{self.acceleration.arithmetic}{several}"]
         largest = max(max(train_loader.sizes(epoch)) for epoch in (0, args.epochs - 1))
         self._largest = min(-(-largest // world_size()), args.max_images_per_step or largest)
-        self.example = data.first_images(images.test, 2).cpu()[:1]
+        # Before random states are restored: making a loader draws a number.
+        self._compared = data.first_images(images.test, CUT_COMPARED).to(device, memory_format=torch.channels_last)
+        self.example = self._compared[:1].cpu().contiguous()
         saved = start.checkpoint if start.continues and "settings" in start.checkpoint else {}
         # Of the unpruned network, also where the run starts from one that has been cut already.
         first = start.checkpoint or {}
-        self.cost = first.get("cost") or count(copy.deepcopy(net).cpu(), self.example)._asdict()
+        self.cost = first.get("cost")
+        if self.cost is None or first.get("input_shape") != self.network_facts["input_shape"]:
+            full = models.build_full(first, self.arch, args.resume) if self.cost else copy.deepcopy(net).cpu()
+            self.cost = count(full, self.example)._asdict()
         self.shapes = first.get("shapes") or {n: list(p.shape) for n, p in net.named_parameters() if p.dim() == 4}
         # Numbers of the network's filters in the unpruned one, where it begins cut.
         self.numbering = saved.get("numbering", {}) if saved else {} if first.get("small") else first.get("kept", {})
@@ -192,11 +208,8 @@ class Trainer:
         """Training pass, cut of the network, test pass, checkpoint and metrics of one epoch."""
         trained = self._train_epoch(epoch)
         self.run.log(format_pass("Train", trained))
-        text = self.pruning.end_of_epoch(self.steps_before(epoch + 1) - 1) if self.pruning and self.position else None
-        if text is not None:
-            # Removed filters were cut out: the parameters are new ones.
-            self.run.log(text)
-            self._wrap()
+        if self.pruning and self.position:
+            self._cut(self.steps_before(epoch + 1) - 1)
         tested = evaluate(self.net, self.test_loader, self.device, on_batch=self._stop_while_testing)
         self.run.log(format_pass("Test", tested))
         if not math.isfinite(tested.loss):
@@ -214,6 +227,16 @@ class Trainer:
         self.best = max(self.best, tested.top1)
         self._save(is_best=is_best)
         self.run.write_metrics(self.history)
+
+    def _cut(self, last_step: int) -> None:
+        """Cuts out the filters that were removed; the log says by how much this changes the logits."""
+        images = self._compared
+        before = logits_of(self.net, images)
+        text = self.pruning.end_of_epoch(last_step)
+        if text is not None:
+            difference = float((logits_of(self.net, images) - before).abs().max())
+            self.run.log(f"{text}; logits differ by at most {difference:.1e} on {len(images)} images")
+            self._wrap()  # the parameters are new ones
 
     def _train_epoch(self, epoch: int) -> PassResult:
         """The training pass of an epoch, or what is left of it."""
