@@ -294,7 +294,7 @@ def adds_to(view):
 VIEWS = [lambda x: x, lambda x: x.detach(), nn.Dropout(), lambda x: x[:, :, 1:], lambda x: x.flatten(1)]
 
 
-@pytest.mark.parametrize("change", [torch.relu_, torch.sigmoid_, nn.ReLU(inplace=True), *map(adds_to, VIEWS)])
+@pytest.mark.parametrize("change", [torch.relu_, torch.sigmoid_, nn.ReLU(inplace=True)])
 def test_values_that_share_storage_with_one_changed_in_place(change):
     cut(ThreeConvs(Net(in_place, change=change)), 12)
 

@@ -7,6 +7,9 @@ from utils.base.files import replace_file
 from utils.tables.published import Published
 from utils.tables.runs import SeedGroup
 
+# Points of accuracy below the best that a panel shows.
+SHOWN = 25
+
 
 def draw_accuracy(groups: list[SeedGroup], published: list[Published], path: Path) -> bool:
     """Writes a PNG with a panel per network for full-length runs beside the published rows, and one for shorter runs.
@@ -44,6 +47,8 @@ def draw_accuracy(groups: list[SeedGroup], published: list[Published], path: Pat
             panel.errorbar(macs, accuracy, yerr=bar, color=f"C{i % 10}", capsize=3, label=label, **style)
         panel.set_title(title, loc="left", fontsize=9)
         panel.set(xlabel="multiply-adds (millions): published by their cut, own counted", ylabel="top-1 accuracy (%)")
+        # A run that failed would squeeze all others; it is named in the legend.
+        panel.set_ylim(bottom=max(panel.get_ylim()[0], max(accuracy for _, accuracy, *_ in points) - SHOWN))
         panel.grid(alpha=0.25)
         panel.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7, frameon=False)
     content = io.BytesIO()
