@@ -22,7 +22,7 @@ def draw_accuracy(groups: list[SeedGroup], published: list[Published], path: Pat
         run, costs = group.first, group.first.costs
         if costs.left is None:
             continue
-        title = f"{run.arch} on {run.dataset}"
+        title = f"{run.arch} on {run.dataset}" + (f", {run.data_remark}" if run.data_remark else "")
         if not group.is_comparable:
             title += ": shorter runs and controls, not comparable with published figures"
         elif title not in panels:
