@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 from collections.abc import Callable, Sequence
 
 from utils.base.errors import UserError
@@ -40,10 +39,10 @@ def number(kind: Callable, accept: Callable[[float], bool], meaning: str):
 
 
 def path_name(text: str) -> str:
-    """An argparse type: a path, "./a" as "a", since runs are compared by it; "" is a shell variable that is not set."""
+    """An argparse type: a path; an empty one is a shell variable that was not set."""
     if not text:
         raise argparse.ArgumentTypeError("must be a path, got ''")
-    return os.path.normpath(text)
+    return text
 
 
 def switch(text: str) -> bool:

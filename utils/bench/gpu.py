@@ -1,9 +1,8 @@
 """What to measure where a GPU is, in one command: `python -m utils.bench.gpu [--quick] [--out results/gpu]`.
 
-The optimizer's tests on the GPU (tests.txt), the training loops, the optimizer's step and synchronisations; rows of
-the comparison are runs of the scripts, as on a CPU.
---parts takes some of them, where a machine is lent for minutes at a time. --quick takes small numbers, which show that
-everything runs, on a CPU too; they are no measurements.
+The optimizer's tests on the GPU (tests.txt), the training loops, the optimizer's step and synchronisations. Rows of the
+comparison are runs of the scripts, as on a CPU. --parts takes some of them, where a machine is lent for minutes at a
+time. --quick takes small numbers, which show that everything runs, on a CPU too; they are no measurements.
 """
 
 import argparse

@@ -152,6 +152,12 @@ class GradualPruning:
         text = f"step {step}: {was - now} filters removed, {now} left; {self._costs(self.alive)}"
         return f"{text}; {self._widths()}" if self.allocation == "global" else text
 
+    @property
+    def can_cut(self) -> bool:
+        """Whether something was removed since the last cut that can be cut out."""
+        gone = self.present & ~self.alive
+        return self.shrinks and any(bool(gone[layer.made].any()) for layer in self.plan.layers)
+
     def end_of_epoch(self, last_step: int) -> str | None:
         """Cuts out of the network what was removed since the last cut.
 
@@ -162,8 +168,7 @@ class GradualPruning:
             Where the network was cut, a line for the log. Some of its parameters are new then, in the optimizer too:
             what holds on to the old ones (DistributedDataParallel, a compiled network) must be made again.
         """
-        gone = self.present & ~self.alive
-        if not self.shrinks or not any(bool(gone[layer.made].any()) for layer in self.plan.layers):
+        if not self.can_cut:
             return None
         after = self.present & self.alive
         self.scores.cut(self.present, after)

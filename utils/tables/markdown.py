@@ -17,12 +17,13 @@ BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 README_ROWS, README_PUBLISHED = 6, 2
 NONE_YET = "No run of full length yet, so nothing here may be set beside a published figure."
 LEGEND = """\
-Top-1 accuracy in % on the test images. Own figures: last epoch, mean over seeds ± half the 95 % interval (variance over
-seeds plus that of the finite test set); without ± there is one seed and no interval. In brackets the best epoch on the
-test set, which this line of papers prints. Published: rows of the same network that began as the run did and removed
-the same share of filters or, where that differs from layer to layer, cut multiply-adds within 8 points; behind each
-stands own last epoch less published; † needs care, see `published.csv`. Multiply-adds of convolutions and linear layers
-for one image: counted in the network that is left, and by soft filter pruning's formula. Minutes are the whole run's.
+Top-1 accuracy in % on the test images. Own figures: last epoch, mean over seeds ± half the 95 % interval (variance
+over seeds plus that of the finite test set); without ± there is one seed and no interval. In brackets the best
+epoch on the test set, which this line of papers prints. Published: rows of the same network that began as the run
+did and removed the same share of filters or, where that differs from layer to layer, cut multiply-adds within 8
+points; behind each stands own last epoch less published; † needs care, see `published.csv`. Multiply-adds of
+convolutions and linear layers for one image: counted in the network that is left, and by soft filter pruning's
+formula. Minutes are the whole run's.
 """
 README = ("network", "method", "epochs", "started from", "top-1 %: last (best) epoch", "multiply-adds", "published")
 SHORT = ("method", "epochs", "started from", "teacher", "top-1 %: last (best) epoch", "multiply-adds")
@@ -92,9 +93,8 @@ def readme_block(groups: list[SeedGroup]) -> str:
     rows = [row_cells(group, ROOT) for group in chosen]
     for group, row in zip(chosen, rows, strict=True):
         beside = published_beside(group.first, read_published())[:README_PUBLISHED]
-        row["published"] = row["published"] or (
-            "full length (not run): " * bool(beside) + "<br>".join(map(str, beside))
-        )
+        if beside and not row["published"]:
+            row["published"] = f"full length (not run): {'<br>'.join(map(str, beside))}"
     more = "All rows, commands and logs, and what they do not show: [results/README.md](results/README.md)."
     return "\n\n".join([BEGIN, *([] if full else [NONE_YET]), table(README, rows), more, END])
 

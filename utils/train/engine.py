@@ -188,17 +188,6 @@ def evaluate(
     return means.read()
 
 
-@torch.no_grad()
-def logits_of(net: nn.Module, images: Tensor) -> Tensor:
-    """Logits (B, classes) in eval mode and float32."""
-    was_training = net.training
-    net.eval()
-    with true_float32():
-        logits = net(images)
-    net.train(was_training)
-    return logits
-
-
 def format_pass(name: str, result: PassResult) -> str:
     """The release's line, `**Test** Prec@1 .. Prec@5 .. Error@1 ..`."""
     return f"  **{name}** Prec@1 {result.top1:.3f} Prec@5 {result.top5:.3f} Error@1 {100 - result.top1:.3f}"

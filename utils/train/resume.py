@@ -20,6 +20,7 @@ from pathlib import Path
 
 import models
 from utils.base import checkpoint as checkpoints
+from utils.base.arguments import path_name
 from utils.base.errors import UserError
 from utils.train.options import ALL, alternatives
 from utils.train.recipes import START_TRAINED
@@ -125,7 +126,7 @@ def _place(args: argparse.Namespace, checkpoint: dict | None, modified: int | No
     if args.evaluate:
         return Start(None, checkpoint)
     saved = (checkpoint or {}).get("settings")
-    if checkpoint and args.widths_of and (saved or {}).get("widths_of") != args.widths_of:
+    if checkpoint and args.widths_of and not _equal("widths_of", (saved or {}).get("widths_of"), args.widths_of):
         raise UserError(
             f"--widths_of '{args.widths_of}' makes a new network, --resume '{args.resume}' takes one; leave one out"
         )
@@ -168,7 +169,14 @@ def changed_settings(args: argparse.Namespace, checkpoint: dict) -> list[str]:
     saved = checkpoint["settings"]
     # Cosine and gradual pruning are schedules over the whole run.
     names = [*SAME_RUN, "epochs"] if "cosine" in (args.lr_schedule, saved.get("lr_schedule")) else SAME_RUN
-    return [f"{n} {saved[n]} -> {getattr(args, n)}" for n in names if n in saved and saved[n] != getattr(args, n)]
+    now = vars(args)
+    return [f"{n} {saved[n]} -> {now[n]}" for n in names if n in saved and not _equal(n, saved[n], now[n])]
+
+
+def _equal(name: str, a: object, b: object) -> bool:
+    """Whether two values of an option are one: of a file, two paths to it."""
+    is_path = ALL[name].type is path_name and None not in (a, b)
+    return a == b or (is_path and os.path.realpath(a) == os.path.realpath(b))
 
 
 def _find_run(args: argparse.Namespace, notes: list[str]) -> tuple[Path, dict, int] | None:

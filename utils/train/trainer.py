@@ -20,10 +20,11 @@ from utils.base.errors import UserError
 from utils.base.signals import Stopped, stop
 from utils.prune.gradual import GradualPruning
 from utils.small.counts import count
+from utils.small.cut import Report, check_equal
 from utils.small.filters import check_plan, count_zero_filters, kept_filters, plan_convolutions
 from utils.small.output import renumber
 from utils.train import report, snapshot
-from utils.train.acceleration import accelerate, choose_acceleration
+from utils.train.acceleration import accelerate, choose_acceleration, true_float32
 from utils.train.distributed import (
     LostRank,
     ParallelObjective,
@@ -36,15 +37,7 @@ from utils.train.distributed import (
     rank,
     world_size,
 )
-from utils.train.engine import (
-    PassResult,
-    RunningMeans,
-    evaluate,
-    format_pass,
-    gather_bad_images,
-    logits_of,
-    train_step,
-)
+from utils.train.engine import PassResult, RunningMeans, evaluate, format_pass, gather_bad_images, train_step
 from utils.train.recipes import learning_rate_at
 from utils.train.resume import Start, resume_command
 from utils.train.run_folder import RunFolder
@@ -116,9 +109,7 @@ class Trainer:
         self.arithmetics = [f"{self.acceleration.arithmetic}{several}"]
         largest = max(max(train_loader.sizes(epoch)) for epoch in (0, args.epochs - 1))
         self._largest = min(-(-largest // world_size()), args.max_images_per_step or largest)
-        # Before random states are restored: making a loader draws a number.
-        self._compared = data.first_images(images.test, CUT_COMPARED).to(device, memory_format=torch.channels_last)
-        self.example = self._compared[:1].cpu().contiguous()
+        self.example = data.first_images(images.test, 2).cpu()[:1]
         saved = start.checkpoint if start.continues and "settings" in start.checkpoint else {}
         # Of the unpruned network, also where the run starts from one that has been cut already.
         first = start.checkpoint or {}
@@ -208,7 +199,7 @@ class Trainer:
         """Training pass, cut of the network, test pass, checkpoint and metrics of one epoch."""
         trained = self._train_epoch(epoch)
         self.run.log(format_pass("Train", trained))
-        if self.pruning and self.position:
+        if self.pruning and self.position and self.pruning.can_cut:
             self._cut(self.steps_before(epoch + 1) - 1)
         tested = evaluate(self.net, self.test_loader, self.device, on_batch=self._stop_while_testing)
         self.run.log(format_pass("Test", tested))
@@ -230,13 +221,13 @@ class Trainer:
 
     def _cut(self, last_step: int) -> None:
         """Cuts out the filters that were removed; the log says by how much this changes the logits."""
-        images = self._compared
-        before = logits_of(self.net, images)
+        images, comparison = data.first_images(self.images.test, CUT_COMPARED).to(self.device), Report()
+        before = copy.deepcopy(self.net).eval()
         text = self.pruning.end_of_epoch(last_step)
-        if text is not None:
-            difference = float((logits_of(self.net, images) - before).abs().max())
-            self.run.log(f"{text}; logits differ by at most {difference:.1e} on {len(images)} images")
-            self._wrap()  # the parameters are new ones
+        with true_float32():
+            check_equal(before, self.net.eval(), [images], comparison)
+        self.run.log(f"{text}; logits differ by at most {comparison.difference:.1e} on {len(images)} images")
+        self._wrap()  # the parameters are new ones
 
     def _train_epoch(self, epoch: int) -> PassResult:
         """The training pass of an epoch, or what is left of it."""
