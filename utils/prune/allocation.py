@@ -17,13 +17,17 @@ FLOOR = 0.1
 LARGEST = torch.finfo(torch.float64).max
 
 
-def _round_up(count: float, multiple: int, most: int) -> int:
-    """The next multiple, or `most`. The product with a decimal rate is lifted as in AHSG_HT.kept_count."""
-    return min(most, max(1, math.ceil(math.floor(count * (1 + 1e-12)) / multiple)) * multiple)
+def _rounded(count: float, multiple: int, most: int) -> int:
+    """The nearest multiple, at least one of it, or `most`. The product with a decimal rate is lifted as in
+    AHSG_HT.kept_count.
+    """
+    return min(most, max(1, math.floor(math.floor(count * (1 + 1e-12)) / multiple + 0.5)) * multiple)
 
 
 def uniform(plan: Plan, rate: float, round_to: int = 1) -> Tensor:
-    """Counts where every convolution keeps floor(filters * rate), at least 1, rounded up to a multiple of `round_to`.
+    """Counts where every convolution keeps floor(filters * rate), at least 1, rounded to a multiple of `round_to`.
+
+    To the nearest: rounded up, all widths would be larger together, and a cut to be reached would be overshot by far.
 
     A convolution whose filters are in several groups (stages of a CIFAR ResNet, which begin with the channels of the
     stage before) takes from the last of them what the narrower layers have left open.
@@ -32,7 +36,7 @@ def uniform(plan: Plan, rate: float, round_to: int = 1) -> Tensor:
     members = [(layer.unit.unique(), layer) for layer in plan.convolutions]
     for units, _ in sorted(members, key=lambda member: len(member[0])):
         groups = plan.group_of[units].unique().tolist()
-        room = _round_up(len(units) * rate, round_to, len(units)) - sum(int(kept[g]) for g in groups if g in fixed)
+        room = _rounded(len(units) * rate, round_to, len(units)) - sum(int(kept[g]) for g in groups if g in fixed)
         left = sum(int(plan.full[g]) for g in groups if g not in fixed)
         for g in groups:
             if g not in fixed:
@@ -46,9 +50,9 @@ def uniform(plan: Plan, rate: float, round_to: int = 1) -> Tensor:
 
 def floors(plan: Plan, round_to: int = 1) -> Tensor:
     """Counts below which no group falls where multiply-adds decide: FLOOR of it, so that no layer has less."""
-    least = [_round_up(math.ceil(len(units) * FLOOR * (1 - 1e-12)), round_to, len(units)) for units in plan.groups]
+    least = [math.ceil(math.ceil(len(units) * FLOOR * (1 - 1e-12)) / round_to) * round_to for units in plan.groups]
     removable = torch.tensor([bool(plan.removable[units[0]]) for units in plan.groups])
-    return torch.tensor(least, dtype=torch.float64).where(removable, plan.full)
+    return torch.tensor(least, dtype=torch.float64).minimum(plan.full).where(removable, plan.full)
 
 
 def rate_for(plan: Plan, cut: float, round_to: int = 1) -> float:

@@ -45,7 +45,7 @@ class GradualPruning:
         macs_cut: instead of HTrate, the share of the multiply-adds that is removed at least.
         score: one of utils.prune.scores.SCORES.
         tied: channels that are added together go together; False: every convolution by itself, as in the papers.
-        round_to: widths are rounded up to a multiple of it.
+        round_to: widths are multiples of it, the nearest ones.
         allocation: "uniform": the same rate in every convolution. "global": wherever a multiply-add costs the smallest
             score, until as many are saved as `macs_cut` says, or as the uniform rate saves; every layer keeps a tenth.
         shrink: False: filters stay in the network as zeros.

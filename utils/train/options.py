@@ -189,7 +189,7 @@ OPTIONS: dict[str, list[Option]] = {
                        settings=dict(metavar="on|off"), phrases={False: "untied"}, only="gradual"),
         _recipe_option("allocation", "the same rate in all layers, or chosen over the whole network (uniform)", str,
                        "uniform", settings=dict(choices=ALLOCATIONS), only="gradual"),
-        _recipe_option("round_to", "make widths multiples of N (1)", COUNT, 1, settings=dict(metavar="N"),
+        _recipe_option("round_to", "make widths multiples of N, the nearest ones (1)", COUNT, 1, settings=dict(metavar="N"),
                        only="gradual"),
         Option("shrink", "cut removed filters out of the network while it trains (on)", switch, True, same_run=True,
                settings=dict(metavar="on|off"), only="gradual"),
