@@ -35,6 +35,7 @@ def make_run(arch: str, shrink: bool, args: argparse.Namespace) -> Callable[[], 
     net = models.build(arch).to(args.device, memory_format=torch.channels_last).train()
     optimizer = AHSG_HT(net.parameters(), **SGD_RECIPE)
     options = dict(steps=args.repeats * len(loader), begin=BEGIN, end=END, macs_cut=args.macs_cut, shrink=shrink)
+    options |= dict(round_to=args.round_to)
     pruning = GradualPruning(net, optimizer, data.first_images(images, 2).to(args.device), **options)
     epochs = count()
 
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = benchmark_parser(__doc__, repeats=15)
     parser.add_argument("--arch", nargs="+", default=NETS, help=f"networks ({' '.join(NETS)})")
     parser.add_argument("--macs_cut", type=SHARE, default=0.5, help="share of the multiply-adds to remove (0.5)")
+    parser.add_argument("--round_to", type=COUNT, default=1, help="widths are multiples of it (1)")
     parser.add_argument("--images", type=COUNT, default=1280, help="training images an epoch (1280)")
     parser.add_argument("--batch_size", type=COUNT, default=128, help="images a mini-batch (128)")
     args = parse_benchmark(parser, "shrinking", argv)
@@ -81,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     reuse_freed_memory()
     rows = [row for arch in args.arch for row in bench(arch, args)]
     note = f"Runs of {args.repeats} epochs of {args.images} images in turn; medians over the epochs before {BEGIN:.0%} "
-    note += f"and after {END:.0%} of them; mini-batches of {args.batch_size}; {args.macs_cut:.0%} fewer multiply-adds."
+    note += f"and after {END:.0%} of them; mini-batches of {args.batch_size}; {args.macs_cut:.0%} fewer multiply-adds, "
+    note += f"widths multiples of {args.round_to}."
     publish(args, f"shrinking_{args.device.type}", note, rows)
 
 
