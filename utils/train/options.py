@@ -78,6 +78,7 @@ class Option:
         recipe: results that differ in it are not seeds of one recipe.
         phrases: its values in the words of the tables; other values read "name value".
         column: it has a column of its own in the tables, or is part of a method's name.
+        tag: its part in the name of a run's folder, "" where the name leaves it out.
         only: the runs that it is for, a key of CONCERNED.
         instead: what it is one of several ways to give. They exclude each other, and one that is given keeps `--resume`
             from taking over another.
@@ -97,6 +98,7 @@ class Option:
     recipe: bool = False
     phrases: dict = field(default_factory=dict)
     column: bool = False
+    tag: Callable[[object], str] = lambda value: ""
     only: str = ""
     instead: str = ""
     idle: Callable[[dict], bool] = lambda settings: False
@@ -150,7 +152,7 @@ OPTIONS: dict[str, list[Option]] = {
     ],
     "pruning": [
         _recipe_option("HTrate", "share of filters KEPT in every convolution", KEPT_RATE, RECIPE, network=True,
-                       column=True, instead="rate"),
+                       column=True, tag=lambda rate: f"-HT{rate:g}" if rate < 1 else "", instead="rate"),
         Option("prune_rate", "share of filters REMOVED: 0.3 is --HTrate 0.7", PRUNED_RATE, instead="rate"),
         _recipe_option("k", "growing mini-batch: step size in (0, 1), cap >= batch size, or none", k_number, RECIPE,
                        batches=True, phrases={None: "fixed mini-batch"}),
@@ -173,12 +175,13 @@ OPTIONS: dict[str, list[Option]] = {
                        settings=dict(choices=("step", "epoch")), phrases={"epoch": "threshold per epoch"},
                        only="pruned"),
         Option("widths_of", "a new network as narrow as this small network's file: the small network from scratch",
-               path_name, settings=dict(metavar="FILE"), same_run=True, scripts="cifar"),
+               path_name, settings=dict(metavar="FILE"), same_run=True, scripts="cifar",
+               tag=lambda file: "-small" if file else ""),
     ],
     "gradual pruning (--recipe prune_gradual)": [
         _recipe_option("macs_cut", "share of the multiply-adds to remove, instead of a rate of filters",
                        number(float, lambda x: 0 < x < 1, "a share of the multiply-adds in (0, 1)"), only="gradual",
-                       column=True, instead="rate"),
+                       column=True, tag=lambda cut: f"-cut{cut:g}" if cut else "", instead="rate"),
         _recipe_option("prune_begin", "share of the steps before the first removal", SHARE, RECIPE,
                        only="gradual", idle=lambda s: not s["prune_end"]),
         _recipe_option("prune_end", "share of the steps after which nothing more is removed", SHARE, RECIPE,
@@ -236,7 +239,8 @@ OPTIONS: dict[str, list[Option]] = {
         Option("evaluate", "only test the network of --resume", default=False, flags=("-e",)),
         Option("recalibrate", "with --evaluate: recompute BatchNorm's statistics over N training mini-batches",
                COUNT, settings=dict(metavar="N")),
-        Option("manualSeed", "seed of everything random (1)", SEED, 1, flags=("--seed",), same_run=True, batches=True),
+        Option("manualSeed", "seed of everything random (1)", SEED, 1, flags=("--seed",), same_run=True, batches=True,
+               tag=lambda seed: f"-seed{seed}"),
         Option("workers", "processes that make mini-batches (0: this one; ImageNet: the cores)", WHOLE, None,
                flags=("-j",)),
         Option("prefetch_factor", "mini-batches that each worker makes in advance (2)", COUNT, 2,

@@ -112,9 +112,8 @@ def adopted_settings(given: dict, checkpoint: dict | None) -> dict:
 
 def run_name(args: argparse.Namespace) -> str:
     """The folder in runs/ of a run without --save_path."""
-    rate = f"-cut{args.macs_cut:g}" if args.macs_cut else "" if args.HTrate == 1 else f"-HT{args.HTrate:g}"
-    rate += "-small" if args.widths_of else ""
-    return f"{args.recipe}-{args.dataset}-{args.student}{rate}-seed{args.manualSeed}"
+    tags = (option.tag(getattr(args, name)) for name, option in ALL.items())
+    return f"{args.recipe}-{args.dataset}-{args.student}{''.join(tags)}"
 
 
 def _place(args: argparse.Namespace, checkpoint: dict | None, modified: int | None) -> Start:
