@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import Sampler
 
 K_MEANINGS = (
-    "k must be None (constant batch_size), a step size 0 < k < 1 (mini-batch t has floor(batch_size*(1+k*t)) samples), "
-    "or a cap k >= batch_size (mini-batch t has batch_size+4*t samples, up to k)"
+    "k must be None (--k none: constant batch_size), a step size 0 < k < 1 (mini-batch t has "
+    "floor(batch_size*(1+k*t)) samples), or a cap k >= batch_size (mini-batch t has batch_size+4*t samples, up to k)"
 )
 GROWTHS = ("linear", "exponential")
 # The release adds four samples per mini-batch when k is the cap.

@@ -100,5 +100,5 @@ def build_full(checkpoint: dict, arch: str, path: str | os.PathLike) -> nn.Modul
 
 
 def last_layer(net: nn.Module) -> str:
-    """The name of a network's last linear or convolutional layer."""
+    """The name of the linear or convolutional layer registered last: the head of all that others' files hold."""
     return [name for name, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]

@@ -15,7 +15,8 @@ import models
 from data import DATASETS, Spec
 from data.synthetic import make_images
 from utils.base.errors import UserError
-from utils.prune.scores import SCORES
+from utils.prune.scores import SCORES, Score
+from utils.train.features import with_features
 from utils.train.losses import LOSSES, Loss
 
 
@@ -41,7 +42,7 @@ class ToyNetwork(nn.Module):
 class Power(Loss):
     """Mean of |student - teacher|^p."""
 
-    def __init__(self, p: float = 3.0):
+    def __init__(self, *, p: float = 3.0):
         super().__init__()
         self.p = p
 
@@ -87,7 +88,7 @@ def test_toys_work_together_from_the_command_line(toys, tmp_path, monkeypatch):
 
 def test_a_score_for_gradual_pruning(train, monkeypatch):
     """The sum over entries, which for these weights ranks in another way than their norm."""
-    monkeypatch.setitem(SCORES, "sum", lambda filters: filters.weight.flatten(1).sum(1))
+    monkeypatch.setitem(SCORES, "sum", Score(lambda filters: filters.weight.flatten(1).sum(1)))
     common = ["--recipe", "prune_gradual", "--epochs", 1, "--HTrate", 0.5, "--prune_begin", 0, "--prune_end", 0]
     folders = [train(*common, "--prune_score", score, "--save_path", score) for score in ("sum", "norm")]
     first, second = (json.loads((folder / "results.json").read_text())["filters"] for folder in folders)
@@ -122,6 +123,45 @@ def test_a_network_that_cannot_be_traced_is_thresholded_and_kept_whole(train, mo
     assert results["finished"] and "the network" in "".join(results["small"]["kept_whole"])
     with pytest.raises(UserError, match=r"torch\.fx cannot trace its forward"):
         train("--epochs", 1, "--recipe", "prune_gradual", arch="branching")
+
+
+class HeadFirst(nn.Module):
+    """The head is registered before the layers that run before it."""
+
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.decide = nn.Linear(12, num_classes)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.ReLU(), nn.Conv2d(8, 12, 3, 2), nn.ReLU())
+
+    def forward(self, images):
+        return self.decide(self.body(images).mean((2, 3)))
+
+
+def test_the_head_is_what_runs_last_not_what_is_registered_last(train, monkeypatch):
+    monkeypatch.setitem(models.REGISTRY, "head_first", HeadFirst)
+    folder = train("--epochs", 1, "--HTrate", 0.5, arch="head_first")
+    filters = json.loads((folder / "results.json").read_text())["filters"]
+    assert [layer["kept"] for layer in filters] == [4, 6]
+    net, images = HeadFirst(), torch.zeros(2, 3, 32, 32)
+    assert with_features(net)(images, return_features=True)[1].shape == (2, 12)
+
+
+@pytest.mark.parametrize(
+    ("end", "pattern"),
+    [
+        (lambda x: x.view(x.size(0), -1)[:, :10], "view size is not compatible"),
+        (lambda x: x, r"must return logits .*got shape \(2, 12, 3, 3\)"),
+        (lambda x: {"out": x.mean((2, 3))[:, :10]}, "must return logits .*got dict"),
+    ],
+)
+def test_a_network_without_logits_is_refused_before_anything_is_written(end, pattern, train, monkeypatch):
+    class Bodiless(HeadFirst):
+        def forward(self, images):
+            return end(self.body(images))
+
+    monkeypatch.setitem(models.REGISTRY, "bodiless", Bodiless)
+    with pytest.raises(UserError, match=pattern):
+        train("--epochs", 1, "--recipe", "baseline", arch="bodiless")
 
 
 def test_the_ranking_decides_what_is_kept(toys):

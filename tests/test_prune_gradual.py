@@ -227,6 +227,18 @@ def test_a_mini_batch_without_a_readable_image_adds_no_score():
     assert before and all(torch.equal(value, pruning.scores.sums[name]) for name, value in before.items())
 
 
+def taylor(conv, norm, i):
+    return sum(p[i] * p.grad[i] for p in (norm.weight, norm.bias)).abs()
+
+
+# The score of filter i, added up over mini-batches, for every key of SCORES.
+NAIVE_SCORES = {
+    "norm": lambda conv, norm, i: conv.weight[i].norm(),
+    "gamma": lambda conv, norm, i: norm.weight[i].abs(),
+    "taylor": taylor,
+}
+
+
 @pytest.mark.parametrize("score", SCORES)
 def test_scores_are_the_naive_ones(score):
     net, _, pruning, size = start(steps=40, HTrate=0.5, score=score, shrink=False)
@@ -240,12 +252,7 @@ def test_scores_are_the_naive_ones(score):
         for name, values in expected.items():
             conv, norm = net.get_submodule(name), net.get_submodule(pairs[name])
             for i in range(len(values)):
-                if score == "norm":
-                    values[i] += conv.weight[i].norm().item()
-                elif score == "gamma":
-                    values[i] += norm.weight[i].abs().item()
-                else:
-                    values[i] += sum(p[i] * p.grad[i] for p in (norm.weight, norm.bias)).abs().item()
+                values[i] += NAIVE_SCORES[score](conv, norm, i).item()
     expected = {name: [v / sum(values) for v in values] for name, values in expected.items()}
     found = pruning.scores.units(pruning.alive, pruning.present)
     made = {c.name: c.made for c in pruning.plan.convolutions}

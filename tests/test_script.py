@@ -190,7 +190,7 @@ def test_images_of_your_own(train, tree, tmp_path):
     first = results(folder)["network"]
     again = results(train("--resume", folder / NAME, "--image_size", 40, "--epochs", 2, data=tmp_path / "own"))
     assert again["network"] == results(large)["network"] != first
-    with pytest.raises(UserError, match=r"vgg11 does not take images of 64x64 .*use another --image_size"):
+    with pytest.raises(UserError, match=r"vgg11 does not take images of 64x64 .*or another --image_size"):
         train(*own, "--image_size", 64, data=tmp_path / "own", arch="vgg11")
 
 

@@ -29,7 +29,7 @@ class Filters(NamedTuple):
     Attributes:
         weight: (filters, inputs, kh, kw); removed inputs are 0.
         gamma: (filters,), weight of the BatchNorm that follows; None where none does.
-        taylor: (filters,), Taylor estimates added up since the last removal; None but for --prune_score taylor.
+        taylor: (filters,), Taylor estimates added up since the last removal; None for a score that does not need them.
     """
 
     weight: Tensor
@@ -37,11 +37,18 @@ class Filters(NamedTuple):
     taylor: Tensor | None
 
 
-# By the names of --prune_score: takes Filters, gives scores (filters,); the smallest go first.
-SCORES: dict[str, Callable[[Filters], Tensor]] = {
-    "norm": lambda filters: filters.weight.flatten(1).norm(dim=1),
-    "gamma": lambda filters: filters.gamma.abs(),
-    "taylor": lambda filters: filters.taylor,
+class Score(NamedTuple):
+    """A function from Filters to scores (filters,), of which the smallest go first; `needs`: "gamma" or "taylor"."""
+
+    of: Callable[[Filters], Tensor]
+    needs: str = ""
+
+
+# By the names of --prune_score.
+SCORES: dict[str, Score] = {
+    "norm": Score(lambda filters: filters.weight.flatten(1).norm(dim=1)),
+    "gamma": Score(lambda filters: filters.gamma.abs(), needs="gamma"),
+    "taylor": Score(lambda filters: filters.taylor, needs="taylor"),
 }
 
 
@@ -49,23 +56,23 @@ class Scores:
     """Scores of the filters of a plan's convolutions; `sums` {convolution: (filters,)} is what a mini-batch adds to.
 
     Raises:
-        UserError: "gamma", and a convolution that no BatchNorm with weights follows.
+        UserError: it needs gamma, and no BatchNorm with weights follows a convolution.
     """
 
     def __init__(self, net: nn.Module, plan: Plan, kind: str):
-        self.net, self.plan, self.kind = net, plan, kind
+        self.net, self.plan, self.score = net, plan, SCORES[kind]
         self.sums: dict[str, Tensor] = {}
         alone = [layer.name for layer in plan.convolutions if layer.norm is None]
-        if kind == "gamma" and alone:
+        if self.score.needs == "gamma" and alone:
             raise UserError(
-                f"--prune_score gamma needs a BatchNorm right after every convolution and '{alone[0]}' has none; "
+                f"--prune_score {kind} needs a BatchNorm right after every convolution and '{alone[0]}' has none; "
                 "use norm or taylor"
             )
 
     @torch.no_grad()
     def accumulate(self) -> None:
         """Adds this mini-batch's Taylor estimates; needs its complete gradients. Nothing is read back to the host."""
-        if self.kind != "taylor":
+        if self.score.needs != "taylor":
             return
         products = []
         for layer in self.plan.convolutions:
@@ -116,4 +123,4 @@ class Scores:
             weight = weight * alive[layer.read[present[layer.read]]].to(weight)[:, None, None]
         gamma = self.net.get_submodule(layer.norm).weight.double() if layer.norm else None
         taylor = self.sums[layer.name].double() if self.sums else None
-        return SCORES[self.kind](Filters(weight, gamma, taylor))
+        return self.score.of(Filters(weight, gamma, taylor))

@@ -47,6 +47,22 @@ def filter_additives(net: nn.Module, example: Tensor) -> dict[nn.Parameter, list
     return {conv.weight: biases for conv, biases in own.items()}
 
 
+@torch.no_grad()
+def last_called(net: nn.Module, example: Tensor) -> nn.Module | None:
+    """The linear or convolutional layer that runs last on images (B, C, H, W), which makes the logits."""
+    called = []
+    layers = [module for module in net.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    handles = [layer.register_forward_hook(lambda layer, *_: called.append(layer)) for layer in layers]
+    was_training = net.training
+    try:
+        net.eval()(example)
+    finally:
+        net.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return called[-1] if called else None
+
+
 def _only_norm(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """The BatchNorm with a bias that alone reads a convolution's output."""
     while len(node.users) == 1:

@@ -120,6 +120,7 @@ def _check(args: argparse.Namespace, given: dict) -> None:
     """Raises UserError where options contradict each other."""
     gradual = args.recipe == "prune_gradual"
     only = {kind: [name for name in given if name in ALL and ALL[name].only == kind] for kind in CONCERNED}
+    papers = [*only["pruned"], *(name for name in given if name == "heavy_ball")]
     plain = args.recipe in ("baseline", "distill")
     with_teacher = {"baseline": "distill", "prune": "prune_distill"}
     rate, schedule = f"HTrate={args.HTrate:g}", " ".join(map(str, args.schedule))
@@ -133,8 +134,7 @@ def _check(args: argparse.Namespace, given: dict) -> None:
         (only["taught"] and not args.teacher, f"--{''.join(only['taught'][:1])} needs a teacher; add --teacher FILE"),
         (only["gradual"] and not gradual,
          f"--{''.join(only['gradual'][:1])} is for --recipe prune_gradual; add that"),
-        (gradual and (only["pruned"] or "heavy_ball" in given),
-         "--norm, --no_regrow, --threshold_every and --heavy_ball are for the papers' recipes; see --prune_score"),
+        (gradual and papers, f"--{''.join(papers[:1])} is for the papers' recipes; leave it out, see --prune_score"),
         (args.heavy_ball == "released" and args.threshold_every == "epoch",
          "--heavy_ball released thresholds at every step, as the release; leave out --threshold_every epoch"),
         (len(args.schedule) != len(args.gammas), f"--schedule has {len(args.schedule)} epochs and --gammas "

@@ -102,9 +102,10 @@ class Distillation:
             shapes = [[tuple(x.shape[1:]) for x in outputs[term.on]] for outputs in (student, teacher)]
             rank = 3 if term.on == "stages" else 1
             if not shapes[0] or [s[1:] for s in shapes[0]] != [s[1:] for s in shapes[1]] or len(shapes[0][0]) != rank:
+                found = "shapes on '{}': student {}, teacher {}".format(term.on, *(s or "unknown" for s in shapes))
                 raise UserError(
-                    f"--kd {term}: cannot be compared, the student's {term.on} have shapes {shapes[0] or 'unknown'}, "
-                    f"the teacher's {shapes[1] or 'unknown'}; use --kd logits:KL"
+                    f"--kd {term}: cannot be compared, {found}; use --kd logits:KL, or let the network return them "
+                    "(README, Extending)"
                 )
             pairs = [(ours[0], theirs[0]) for ours, theirs in zip(*shapes, strict=True)]
             if term.on == "logits" and pairs[0][0] != pairs[0][1]:

@@ -17,8 +17,8 @@ class WithFeatures(nn.Module):
     """A network whose features and stage outputs are captured with forward hooks.
 
     The hooks are registered once and stay, so that torch.compile of this module includes them; in other forward passes
-    of the network they do nothing. Features are the input of the last linear layer; stages are found by their names
-    (STAGE).
+    of the network they do nothing. Features are the input of the linear layer that runs last; stages are found by their
+    names (STAGE).
     """
 
     def __init__(self, net: nn.Module):
@@ -30,15 +30,15 @@ class WithFeatures(nn.Module):
         # Functions, not methods: copy.deepcopy of the network would copy a method's object too.
         def capture_features(module, inputs):
             if self.captures:
-                self.features.append(inputs[0])
+                self.features = [inputs[0]]
 
         def capture_stage(module, inputs, output):
             if self.captures:
                 self.stages.append(output)
 
-        for linear in [module for module in net.modules() if isinstance(module, nn.Linear)][-1:]:
-            linear.register_forward_pre_hook(capture_features)
         for name, module in net.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(capture_features)
             if STAGE.fullmatch(name):
                 module.register_forward_hook(capture_stage)
 
@@ -50,7 +50,7 @@ class WithFeatures(nn.Module):
         logits = self.net(images)
         features, stages = self.features, self.stages
         self.captures, self.features, self.stages = False, [], []
-        return logits, features[-1] if features else None, stages
+        return logits, features[0] if features else None, stages
 
 
 def with_features(net: nn.Module) -> nn.Module:

@@ -1,8 +1,8 @@
 """Distillation losses, and the terms `--kd ON:LOSS[:WEIGHT[:NAME=VALUE,...]]` that choose and weight them.
 
 A loss is a module called with (student, teacher, labels) that returns a scalar. Student and teacher have one shape:
-(B, classes) logits, (B, width) features or (B, width, H, W) stage outputs. The keyword arguments of its __init__ are
-its options, all of them numbers. To add a loss, write such a class and enter it in LOSSES.
+(B, classes) logits, (B, width) features or (B, width, H, W) stage outputs. The arguments of its __init__ are its
+options, all of them numbers. It has no weights of its own. To add a loss, write such a class and enter it in LOSSES.
 """
 
 import inspect
@@ -191,8 +191,8 @@ def parse_term(text: str) -> Term:
         if on not in LOSSES[loss].compares:
             able = ", ".join(name for name in LOSSES if on in LOSSES[name].compares)
             raise ValueError(f"{loss} compares {', '.join(LOSSES[loss].compares)}; on {on} use {able}")
-        options_of = inspect.signature(LOSSES[loss].__init__).parameters
-        known = [name for name, p in options_of.items() if name != "self" and p.kind is p.POSITIONAL_OR_KEYWORD]
+        options_of = inspect.signature(LOSSES[loss]).parameters
+        known = [name for name, p in options_of.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         required = [name for name in known if options_of[name].default is inspect.Parameter.empty]
         known += ["standardise"] * (on == "logits")
         values = dict(part.partition("=")[::2] for part in options.split(",") if part)

@@ -179,7 +179,7 @@ OPTIONS: dict[str, list[Option]] = {
                tag=lambda file: "-small" if file else ""),
     ],
     "gradual pruning (--recipe prune_gradual)": [
-        _recipe_option("macs_cut", "share of the multiply-adds to remove, instead of a rate of filters",
+        _recipe_option("macs_cut", "share of the multiply-adds to remove at least, instead of a rate of filters",
                        number(float, lambda x: 0 < x < 1, "a share of the multiply-adds in (0, 1)"), only="gradual",
                        column=True, tag=lambda cut: f"-cut{cut:g}" if cut else "", instead="rate"),
         _recipe_option("prune_begin", "share of the steps before the first removal", SHARE, RECIPE,

@@ -13,11 +13,10 @@ from torch.optim.swa_utils import update_bn
 import data
 import models
 from AHSG_HT import AHSG_HT
-from models.load import last_layer
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 from utils.base.signals import stop
-from utils.small.filters import filter_additives
+from utils.small.filters import filter_additives, last_called
 from utils.train.acceleration import make_deterministic, true_float32
 from utils.train.device import flush_denormals, reuse_freed_memory, seed_everything
 from utils.train.distillation import Distillation
@@ -36,6 +35,8 @@ from utils.train.resume import Start
 from utils.train.run_folder import RunFolder, SilentFolder
 
 EVALUATION_BATCH = 500
+# Data sets whose images are scaled to --image_size.
+SIZED = ("folder", "imagenet")
 
 
 def load_teacher(args: argparse.Namespace, script: str) -> tuple[nn.Module, dict] | None:
@@ -130,7 +131,7 @@ def build_optimizer(
     has_removed = any(isinstance(state, dict) and "kept" in state for state in states)
     plain = args.HTrate == 1 and args.v == 0 and not gradual and not has_removed
     # A convolution that makes the logits keeps all of its filters, which are the classes; adapters are not thresholded.
-    head = net.get_submodule(last_layer(net))
+    head = last_called(net, example)
     whole = list(head.parameters()) if isinstance(head, nn.Conv2d) else []
     groups = [{"params": [p for p in net.parameters() if not any(p is q for q in whole)]}]
     whole += adapters.parameters() if adapters is not None else []
@@ -228,16 +229,20 @@ def use_normalisation(images: data.Data, start: Start) -> dict:
 def check_input(net: nn.Module, images: data.Data, args: argparse.Namespace) -> None:
     """Raises UserError where a network does not take the images, or has another number of outputs than classes."""
     _, height, width = images.train.image_shape
-    remedy = "use another --image_size, or a resnet, which takes any"
+    remedy = "use a resnet, which takes any" + (", or another --image_size" if args.dataset in SIZED else "")
     was_training = net.training
+    net.to(memory_format=torch.channels_last)  # as it is trained; a view() that it does not allow fails here
     try:
         with torch.no_grad():
-            outputs = net.eval()(torch.zeros(2, *images.train.image_shape)).shape[1]
+            logits = net.eval()(torch.zeros(2, *images.train.image_shape).to(memory_format=torch.channels_last))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(f"{args.student} does not take images of {height}x{width} ({error}); {remedy}") from None
     net.train(was_training)
-    if outputs != len(images.classes):
-        found = f"{args.resume or args.student} has {outputs} classes, the data has {len(images.classes)}"
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"{args.student} must return logits (images, classes), got {found}; flatten its output")
+    if logits.shape[1] != len(images.classes):
+        found = f"{args.resume or args.student} has {logits.shape[1]} classes, the data has {len(images.classes)}"
         raise UserError(f"{found}; choose the data set that it was trained on")
 
 
