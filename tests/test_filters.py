@@ -14,6 +14,7 @@ from utils.small.filters import (
     filter_additives,
     format_plan,
     kept_filters,
+    logits_layer,
     plan_convolutions,
 )
 
@@ -125,3 +126,25 @@ def test_the_plan_follows_the_optimizers_groups():
     kept = kept_filters(net, {stem.weight: [net.bn_1.bias]})
     assert count_zero_filters(plan, kept).startswith("1 of 16 (1 convolution), 0 of 16 (2 convolutions)")
     assert all(layer.removed == 0 for layer in plan_convolutions(net, torch.optim.SGD(net.parameters(), lr=0.1)))
+
+
+class HeadAsFunction(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.rows = nn.Conv2d(3, 6, 3), nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, images):
+        return F.linear(self.conv(images).mean((2, 3)), self.rows)
+
+
+@pytest.mark.parametrize(
+    ("net", "expected"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 1),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)), 3),
+        (HeadAsFunction(), None),
+    ],
+)
+def test_the_layer_of_the_logits(net, expected):
+    found = logits_layer(net, torch.zeros(2, 3, 8, 8))
+    assert found is (None if expected is None else net[expected]) and net.training

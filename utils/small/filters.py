@@ -48,19 +48,19 @@ def filter_additives(net: nn.Module, example: Tensor) -> dict[nn.Parameter, list
 
 
 @torch.no_grad()
-def last_called(net: nn.Module, example: Tensor) -> nn.Module | None:
-    """The linear or convolutional layer that runs last on images (B, C, H, W), which makes the logits."""
+def logits_layer(net: nn.Module, example: Tensor) -> nn.Module | None:
+    """The linear or convolutional layer that runs last on images (B, C, H, W), where it makes the logits."""
     called = []
     layers = [module for module in net.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     handles = [layer.register_forward_hook(lambda layer, *_: called.append(layer)) for layer in layers]
     was_training = net.training
     try:
-        net.eval()(example)
+        logits = net.eval()(example)
     finally:
         net.train(was_training)
         for handle in handles:
             handle.remove()
-    return called[-1] if called else None
+    return called[-1] if called and len(called[-1].weight) == logits.shape[1] else None
 
 
 def _only_norm(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:

@@ -16,7 +16,7 @@ from AHSG_HT import AHSG_HT
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 from utils.base.signals import stop
-from utils.small.filters import filter_additives, last_called
+from utils.small.filters import filter_additives, logits_layer
 from utils.train.acceleration import make_deterministic, true_float32
 from utils.train.device import flush_denormals, reuse_freed_memory, seed_everything
 from utils.train.distillation import Distillation
@@ -131,7 +131,7 @@ def build_optimizer(
     has_removed = any(isinstance(state, dict) and "kept" in state for state in states)
     plain = args.HTrate == 1 and args.v == 0 and not gradual and not has_removed
     # A convolution that makes the logits keeps all of its filters, which are the classes; adapters are not thresholded.
-    head = last_called(net, example)
+    head = logits_layer(net, example)
     whole = list(head.parameters()) if isinstance(head, nn.Conv2d) else []
     groups = [{"params": [p for p in net.parameters() if not any(p is q for q in whole)]}]
     whole += adapters.parameters() if adapters is not None else []
