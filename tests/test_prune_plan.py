@@ -251,6 +251,15 @@ def test_what_cannot_be_removed_is_kept_and_named():
     assert {c.name for c in alone.plan.convolutions} == {"normed", "behind", "free", "out"}
 
 
+def test_the_plan_says_by_how_much_whole_widths_overshoot_the_cut():
+    def text(**options):
+        net = models.build("resnet20")
+        return GradualPruning(net, torch.optim.SGD(net.parameters()), example(), steps=9, **options).plan_text()
+
+    assert "(-55.3 %)" in (rounded := text(macs_cut=0.5, round_to=8)) and "at least 50.0 % of the" in rounded
+    assert "at least" not in text(HTrate=0.7)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_outputs_and_networks_of_one_layer_are_refused(tied):
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
