@@ -3,8 +3,7 @@
 from data.cifar import NoData
 from data.image_files import ImageFiles
 from data.images import ImageArrays
-from data.loader import DataLoader, check_shared_memory, first_images
-from data.sampler import GrowingBatchSampler
+from data.loader import DataLoader, GrowingBatchSampler, check_shared_memory, first_images
 from data.sources import DATASETS, Data, Spec, find_or_download, load, load_imagenet
 
 __all__ = ["DATASETS", "Data", "DataLoader", "GrowingBatchSampler", "ImageArrays", "ImageFiles", "NoData", "Spec"]

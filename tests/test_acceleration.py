@@ -17,9 +17,8 @@ from utils.base.errors import UserError
 from utils.small.cut import make_small
 from utils.train.acceleration import Acceleration, CompiledForward, accelerate, choose_acceleration
 from utils.train.distillation import Distillation
-from utils.train.engine import evaluate, to_device
+from utils.train.engine import cross_entropy, evaluate, to_device
 from utils.train.losses import parse_term
-from utils.train.objective import cross_entropy
 from utils.train.setup import recalibrate
 
 CPU = torch.device("cpu")

@@ -13,8 +13,7 @@ from utils.base.errors import UserError
 from utils.bench import gpu, latency, shrinking, training
 from utils.bench.optimizer import HT_RECIPE
 from utils.bench.original_loop import PerFilterLoop, train_epoch_original
-from utils.train.engine import RunningMeans, train_step
-from utils.train.objective import cross_entropy
+from utils.train.engine import RunningMeans, cross_entropy, train_step
 
 CPU = torch.device("cpu")
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import data
 from data import DataLoader, ImageArrays, Spec, image_trees, sources, synthetic
-from data.augment import crop_and_flip, draw_crops_and_flips, normalise
+from data.images import crop_and_flip, draw_crops_and_flips, normalise
 from utils.base import files
 from utils.base.errors import UserError
 from utils.base.torchvision_import import import_torchvision

@@ -26,9 +26,8 @@ from utils.small.cut import make_small
 from utils.small.filters import kept_filters
 from utils.train import distributed, engine
 from utils.train.distillation import Distillation
-from utils.train.engine import evaluate
+from utils.train.engine import cross_entropy, evaluate
 from utils.train.losses import parse_term
-from utils.train.objective import cross_entropy
 from utils.train.setup import place_network
 from utils.train.trainer import check_same_on_all_ranks
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from data.augment import normalise
+from data.images import normalise
 from data.sources import DATASETS
 from data.synthetic import make_images
 from models.resnet_cifar import CifarResNet

@@ -20,7 +20,7 @@ from utils.bench.common import benchmark_parser, parse_benchmark, publish, take_
 from utils.bench.optimizer import SGD_RECIPE
 from utils.prune.gradual import GradualPruning
 from utils.train.device import flush_denormals, reuse_freed_memory, seed_everything
-from utils.train.objective import cross_entropy
+from utils.train.engine import cross_entropy
 
 NETS = ("resnet20", "vgg16_bn")
 BEGIN, END = 0.2, 0.6

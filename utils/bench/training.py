@@ -27,8 +27,8 @@ from utils.bench.original_loop import PerFilterLoop, PilImages, train_epoch_orig
 from utils.train.acceleration import Acceleration, accelerate, check_compiler
 from utils.train.device import flush_denormals, reuse_freed_memory, seed_everything, usable_cores
 from utils.train.distillation import Distillation
+from utils.train.engine import cross_entropy
 from utils.train.losses import parse_term
-from utils.train.objective import cross_entropy
 
 NETS = ("resnet20", "resnet56", "vgg16_bn")
 LOOPS = {"original": {}, "plain": {}, "amp": dict(amp=True), "compile": dict(compile=True)}

@@ -10,8 +10,7 @@ import argparse
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,18 +64,6 @@ def choose_acceleration(args: argparse.Namespace, device: torch.device) -> Accel
     return Acceleration(has_bf16 if args.amp is None else args.amp, args.compile, args.deterministic, tf32)
 
 
-@contextmanager
-def true_float32() -> Iterator[None]:
-    """Within it convolutions and matrix products of a GPU compute in float32, not in TF32."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.allow_tf32 = matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before
-
-
 def check_compiler(device: torch.device) -> None:
     """Raises UserError where torch.compile would find nothing to compile with."""
     compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
@@ -125,7 +112,7 @@ class CompiledForward:
 
 
 def accelerate(net: nn.Module, objective: Callable, device: torch.device, how: Acceleration, largest: int) -> Callable:
-    """The objective (utils.train.objective) computed in bfloat16, compiled, or both.
+    """The objective (utils.train.engine) computed in bfloat16, compiled, or both.
 
     Args:
         net: the network that the objective is called with.

@@ -4,6 +4,8 @@ import ctypes
 import os
 import platform
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -76,3 +78,15 @@ def describe_versions() -> dict:
     """Software of a run, for results.json."""
     packages = {"torch": str(torch.__version__), "torchvision": str(import_torchvision().__version__)}
     return {"python": platform.python_version(), **packages, "numpy": np.__version__, "cuda": torch.version.cuda}
+
+
+@contextmanager
+def true_float32() -> Iterator[None]:
+    """Within it convolutions and matrix products of a GPU compute in float32, not in TF32."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before

@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from utils.base.errors import UserError
+from utils.train.engine import at_least_float32
 from utils.train.features import with_features
 from utils.train.losses import Term, check_terms
-from utils.train.objective import at_least_float32
 
 # The activations of 32 images of 32x32 stay in the cache of a CPU core: a CIFAR ResNet's forward pass took 8 % less
 # time. Networks with more weights in a convolution are faster undivided.
@@ -22,7 +22,7 @@ CACHED_PIXELS, CACHED_WEIGHTS = 32 * 32 * 32, 1 << 16
 
 
 class Distillation:
-    """The objective of a distilled run; see utils.train.objective for how it is called.
+    """The objective of a distilled run; see utils.train.engine for how it is called.
 
     Args:
         teacher: a trained network. It is left as it is; a frozen copy in eval mode is used, see prepare_teacher.

@@ -1,6 +1,6 @@
 """Several processes that train one network: torch.distributed, started by torchrun. Everything also serves one process.
 
-Each mini-batch of the schedule is split over the ranks (data.sampler); the shares differ in size, one may be empty. The
+Each mini-batch of the schedule is split over the ranks (data.loader); the shares differ in size, one may be empty. The
 gradient of the mean over it is the sum over ranks of (n_r/n) * (mean gradient of share r). DistributedDataParallel
 averages over ranks, so rank r's loss is weighted by world_size * n_r/n. All ranks then hold the same gradient to the
 last bit, take the same step and threshold the same filters with no further communication.
@@ -188,7 +188,7 @@ class Agreement:
 
 
 class ParallelObjective:
-    """An objective (utils.train.objective) whose backward pass leaves the gradient over all ranks.
+    """An objective (utils.train.engine) whose backward pass leaves the gradient over all ranks.
 
     Args:
         net, objective: what a single process would train; `objective.adapters`, if any, are trained with it.

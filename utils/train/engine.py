@@ -1,4 +1,8 @@
-"""One training step, and one pass over the test data. Neither waits for the device."""
+"""One training step, what it minimises, and one pass over the test data. No step waits for the device.
+
+An objective is called with (net, images, labels) and returns (loss, logits): cross_entropy here, with a teacher
+utils.train.distillation.
+"""
 
 import time
 from collections.abc import Callable
@@ -11,7 +15,7 @@ from torch import Tensor, nn
 
 from AHSG_HT import AHSG_HT
 from utils.base.errors import UserError
-from utils.train.acceleration import true_float32
+from utils.train.device import true_float32
 from utils.train.distributed import gather, rank, sum_over_ranks, world_size
 
 ONE_VALUE = (
@@ -83,6 +87,17 @@ class RunningMeans:
         return PassResult(loss, 100 * top1, 100 * top5, seconds, images / seconds)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """x itself, or in float32 where autocast has made it narrower: losses are not taken in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def cross_entropy(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy over the mini-batch, and the logits (B, classes)."""
+    logits = at_least_float32(net(images))
+    return F.cross_entropy(logits, labels), logits
+
+
 def to_device(images: Tensor, labels: Tensor, device: torch.device, normalise: Callable | None = None):
     """A mini-batch where the network is; uint8 images become its input there (data.images.ImageSet.normalise)."""
     images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
@@ -109,7 +124,7 @@ def train_step(
     """One step: the gradient of a mini-batch, and the optimizer's update.
 
     Args:
-        objective: see utils.train.objective.
+        objective: what is minimised; see the head of this file.
         images, labels: those of the mini-batch that this process has: all, or its rank's share, which may be empty.
             Images that could not be read are missing; they count as images without a gradient.
         normalise: makes the network's input of the images, on the device; None where they are that already.

@@ -17,8 +17,8 @@ from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 from utils.base.signals import stop
 from utils.small.filters import filter_additives, logits_layer
-from utils.train.acceleration import make_deterministic, true_float32
-from utils.train.device import flush_denormals, reuse_freed_memory, seed_everything
+from utils.train.acceleration import make_deterministic
+from utils.train.device import flush_denormals, reuse_freed_memory, seed_everything, true_float32
 from utils.train.distillation import Distillation
 from utils.train.distributed import (
     Agreement,
@@ -28,9 +28,8 @@ from utils.train.distributed import (
     on_all,
     world_size,
 )
-from utils.train.engine import evaluate, format_pass, gather_bad_images, to_device
+from utils.train.engine import cross_entropy, evaluate, format_pass, gather_bad_images, to_device
 from utils.train.losses import parse_term
-from utils.train.objective import cross_entropy
 from utils.train.resume import Start
 from utils.train.run_folder import RunFolder, SilentFolder
 

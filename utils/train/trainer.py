@@ -24,7 +24,8 @@ from utils.small.cut import Report, check_equal
 from utils.small.filters import check_plan, count_zero_filters, kept_filters, plan_convolutions
 from utils.small.output import renumber
 from utils.train import report, snapshot
-from utils.train.acceleration import accelerate, choose_acceleration, true_float32
+from utils.train.acceleration import accelerate, choose_acceleration
+from utils.train.device import true_float32
 from utils.train.distributed import (
     LostRank,
     ParallelObjective,
@@ -58,7 +59,7 @@ class Trainer:
         images: the data set.
         net: the network to train, on `device`.
         optimizer: of its parameters and the objective's adapters.
-        objective: what is minimised; see utils.train.objective.
+        objective: what is minimised; see utils.train.engine.
         train_loader, test_loader: over the images.
         facts: further entries for results.json.
 
