@@ -34,8 +34,6 @@ from utils.train.resume import Start
 from utils.train.run_folder import RunFolder, SilentFolder
 
 EVALUATION_BATCH = 500
-# Data sets whose images are scaled to --image_size.
-SIZED = ("folder", "imagenet")
 
 
 def load_teacher(args: argparse.Namespace, script: str) -> tuple[nn.Module, dict] | None:
@@ -228,7 +226,8 @@ def use_normalisation(images: data.Data, start: Start) -> dict:
 def check_input(net: nn.Module, images: data.Data, args: argparse.Namespace) -> None:
     """Raises UserError where a network does not take the images, or has another number of outputs than classes."""
     _, height, width = images.train.image_shape
-    remedy = "use a resnet, which takes any" + (", or another --image_size" if args.dataset in SIZED else "")
+    is_sized = args.dataset == "imagenet" or data.DATASETS[args.dataset].size is None
+    remedy = "use a resnet, which takes any" + (", or another --image_size" if is_sized else "")
     was_training = net.training
     net.to(memory_format=torch.channels_last)  # as it is trained; a view() that it does not allow fails here
     try:
