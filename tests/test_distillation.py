@@ -18,6 +18,7 @@ from utils.train.distillation import Distillation, prepare_teacher
 from utils.train.features import with_features
 from utils.train.losses import parse_term
 from utils.train.setup import build_objective
+from utils.train.teacher_cache import TeacherCache
 
 
 class TwoStages(nn.Module):
@@ -90,6 +91,64 @@ def test_a_teacher_that_names_no_normalisation_has_that_of_the_data_set(tree, te
         (net, checkpoint), models.build("resnet8"), images, data.DataLoader(images.test, 10), args, usual
     )
     assert facts["teacher"]["accuracy"] == 100, "it knows these images, normalised as in its training"
+
+
+def forbid(net):
+    """Makes a network's forward pass an error."""
+    net.register_forward_pre_hook(lambda net, inputs: pytest.fail("the teacher is run"))
+
+
+@pytest.mark.parametrize("terms", [["logits:KL"], ["feature:MSE", "logits:DKD:2"], ["feature:L1"]])
+def test_outputs_that_a_cache_has_need_no_teacher(terms, tmp_path):
+    """Whatever is compared: the first run kept both of them."""
+    _, student, first = make("feature:MSE")
+    first.keep_outputs(TeacherCache(tmp_path / "cache", "a"), IMAGES)
+    first(student, IMAGES[:3], LABELS[:3])
+    _, student, expected = make(*terms)
+    _, _, cached = make(*terms)
+    cached.keep_outputs(TeacherCache(tmp_path / "cache", "a"), IMAGES)
+    forbid(cached.teacher)
+    assert torch.equal(cached(student, IMAGES[:3], LABELS[:3])[0], expected(student, IMAGES[:3], LABELS[:3])[0])
+    for other in (IMAGES[1:], IMAGES[:3] + 1e-6, IMAGES[:3].flip(0), IMAGES[:3].transpose(2, 3)):
+        with pytest.raises(pytest.fail.Exception):
+            cached(student, other, LABELS[: len(other)])
+    with pytest.raises(pytest.fail.Exception), torch.autocast("cpu", torch.bfloat16):
+        cached(student, IMAGES[:3], LABELS[:3])
+
+
+def test_a_cache_holds_one_teachers_outputs_apart_from_anothers(tmp_path):
+    file = tmp_path / "cache"
+    _, student, one = make("logits:KL")
+    one.keep_outputs(TeacherCache(file, "one"), IMAGES)
+    other = Distillation(TwoStages((5, 6)), student, IMAGES, [parse_term("logits:KL")])
+    other.keep_outputs(TeacherCache(file, "other"), IMAGES)
+    assert not torch.equal(*(objective.teacher_features(IMAGES)["logits"][0] for objective in (one, other)))
+    with pytest.raises(UserError, match=r"cache'.*logits differ by.*another file"):
+        other.keep_outputs(TeacherCache(file, "one"), IMAGES)
+    with pytest.raises(UserError, match="leave it out"):
+        make("stages:L1")[2].keep_outputs(TeacherCache(file, "one"), IMAGES)
+    file.write_bytes(b"something else" * 100)
+    with pytest.raises(UserError, match=r"cache'.*not a database; name a file"):
+        TeacherCache(file, "one")
+
+
+def test_a_cache_that_fails_ends_no_run(tmp_path):
+    _, student, objective = make("logits:KL")
+    objective.keep_outputs(TeacherCache(tmp_path / "cache", "one"), IMAGES)
+    objective.cache._file.execute("DROP TABLE outputs")
+    with pytest.warns(UserWarning, match=r"cache'.*no such table.*not used any more"):
+        loss, _ = objective(student, IMAGES[:2], LABELS[:2])
+    assert torch.equal(loss, objective(student, IMAGES[:2], LABELS[:2])[0])
+
+
+def test_a_second_run_with_a_cache_is_the_same_and_runs_no_teacher(train, teacher, tmp_path, monkeypatch):
+    flags = ["--arch_small", "resnet8", "--teacher", teacher, "--epochs", 2, "--kd", "logits:KL:0.5"]
+    plain = train(*flags)
+    first = train(*flags, "--teacher_cache", tmp_path / "cache", "--save_path", "first")
+    monkeypatch.setattr(TeacherCache, "put", lambda *args: pytest.fail("an output is missing"))
+    second = train(*flags, "--teacher_cache", tmp_path / "cache", "--save_path", "second")
+    weights = [load(folder)["state_dict"] for folder in (plain, first, second)]
+    assert all(torch.equal(value, w[name]) for w in weights[1:] for name, value in weights[0].items())
 
 
 def with_statistics(net):

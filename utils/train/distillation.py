@@ -15,6 +15,7 @@ from utils.base.errors import UserError
 from utils.train.engine import at_least_float32
 from utils.train.features import with_features
 from utils.train.losses import Term, check_terms
+from utils.train.teacher_cache import TeacherCache
 
 # The activations of 32 images of 32x32 stay in the cache of a CPU core: a CIFAR ResNet's forward pass took 8 % less
 # time. Networks with more weights in a convolution are faster undivided.
@@ -37,6 +38,7 @@ class Distillation:
             the student.
         student, teacher: networks that take return_features (utils.train.features), to be compiled if anything is.
         teacher_forward: the teacher's forward pass, or a compiled one.
+        cache: where the teacher's outputs are kept, see keep_outputs; None: they are computed for every mini-batch.
 
     Raises:
         UserError: the two networks cannot be compared in this way.
@@ -55,6 +57,7 @@ class Distillation:
         hands_out = with_features if len(self.compared) > 1 else lambda net: net
         self.teacher, self.student = hands_out(prepared), hands_out(student)
         self.teacher_forward: Callable = self.teacher
+        self.cache: TeacherCache | None = None
         largest = max((p.numel() for p in prepared.parameters() if p.dim() == 4), default=0)
         self.divides = images.device.type == "cpu" and largest <= CACHED_WEIGHTS
         self.adapters = self._make_adapters(images)
@@ -75,9 +78,25 @@ class Distillation:
                 total = total + term.weight * distance
         return total, logits
 
-    @torch.no_grad()
+    def keep_outputs(self, cache: TeacherCache, images: Tensor) -> None:
+        """Reads the teacher's outputs from a cache, and writes those that it has not; `images` as in __init__.
+
+        Raises:
+            UserError: the cache has outputs of another teacher, or a term compares stages, which are too large for it.
+        """
+        if "stages" in self.compared:
+            raise UserError("--teacher_cache keeps logits and features; compare those, or leave it out")
+        cache.check(images, self._run_teacher(images))
+        self.cache = cache
+
     def teacher_features(self, images: Tensor) -> dict[str, list[Tensor]]:
         """The teacher's outputs for the student's images, by the names of KD_ON."""
+        if self.cache is None:
+            return self._run_teacher(images)
+        return self.cache.get(images, self.compared) or self.cache.put(images, self._run_teacher(images))
+
+    @torch.no_grad()
+    def _run_teacher(self, images: Tensor) -> dict[str, list[Tensor]]:
         if not self.divides or self.teacher_forward is not self.teacher:
             return self._outputs(self.teacher_forward, images)
         size = max(1, torch.get_num_threads() * CACHED_PIXELS // images[0, 0].numel())

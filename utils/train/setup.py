@@ -32,6 +32,7 @@ from utils.train.engine import cross_entropy, evaluate, format_pass, gather_bad_
 from utils.train.losses import parse_term
 from utils.train.resume import Start
 from utils.train.run_folder import RunFolder, SilentFolder
+from utils.train.teacher_cache import TeacherCache
 
 EVALUATION_BATCH = 500
 
@@ -105,6 +106,8 @@ def build_objective(
     if args.recipe == "prune_gradual" and args.shrink and wide:
         raise UserError(f"--kd {wide[0]} compares widths, which the cuts change; compare logits, or add --shrink off")
     objective = Distillation(teacher, net, sample, terms, ce_weight=args.ce_weight)
+    if args.teacher_cache:
+        objective.keep_outputs(TeacherCache(args.teacher_cache, args.teacher_sha256), sample)
     facts = {"arch": args.teacher_arch, "file": args.teacher, "accuracy": tested.top1, "sha256": args.teacher_sha256}
     return objective, {"teacher": facts}
 
