@@ -113,7 +113,7 @@ def train(
         loader.set_epoch(epoch)
         options = dict(epoch=epoch, max_images=max_images, before_step=pruning and pruning.before_step)
         result = train_epoch(net, loader, objective, optimizer, CPU, **options)
-        if gradual and pruning.end_of_epoch((epoch + 1) * len(SIZES) - 1):
+        if gradual and pruning.cut((epoch + 1) * len(SIZES)):
             objective = None
             objective = wrap()
         distributed.average_batchnorm(net)

@@ -28,7 +28,7 @@ def test_a_run_is_cut_while_it_trains(whole, tree, capsys):
     results, log = (json.loads((whole / "results.json").read_text()), (whole / "log_seed_1.txt").read_text())
     full, left = (results["small"][when]["multiply_adds"] for when in ("before", "after"))
     assert full == results["network"]["multiply_adds"] == 12_239_488 and left <= full / 2
-    assert log.count("network cut after step") >= 2 and "multiply-adds 12,239,488" in log
+    assert log.count("network cut before step") >= 2 and "multiply-adds 12,239,488" in log
     differences = re.findall(r"network cut .*logits differ by at most (\S+) on 20 images", log)
     assert len(differences) >= 2 and all(float(difference) < 1e-5 for difference in differences)
     weights = load(whole)["state_dict"]
@@ -97,6 +97,14 @@ def test_other_options_end_with_an_equal_small_network(train, teacher, flags):
     small = json.loads((folder / "results.json").read_text())["small"]
     assert small["after"]["multiply_adds"] < small["before"]["multiply_adds"]
     assert small["largest_logit_difference"] < 1e-3
+
+
+@pytest.mark.parametrize("score", ["norm", "taylor"])
+def test_one_shot_trains_the_small_network_from_the_first_step(train, teacher, score):
+    """Unless the score needs gradients."""
+    folder = train(*GRADUAL[:-1], 1, "--HTrate", 0.5, "--resume", teacher, "--prune_score", score)
+    log = (folder / "log_seed_1.txt").read_text()
+    assert (log.index("network cut before step") < log.index("Epoch: [000][000")) == (score == "norm")
 
 
 def test_fine_tuning_a_cut_network_counts_in_the_unpruned_one(train, whole):

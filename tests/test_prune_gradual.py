@@ -58,7 +58,7 @@ def train(net, optimizer, pruning, size, steps, epoch=20):
         F.cross_entropy(net(images(step, size, dtype)), torch.arange(4)).backward()
         pruning.before_step(step)
         optimizer.step()
-        if (step + 1) % epoch == 0 and pruning.end_of_epoch(step):
+        if (step + 1) % epoch == 0 and pruning.cut(step + 1):
             cuts.append(step)
     return cuts
 
@@ -170,7 +170,7 @@ def test_everything_is_removed_whatever_the_schedule(begin, end, steps):
     removed = [step for step in range(steps) if pruning.before_step(step)]
     assert removed[0] >= int(begin * steps) - 1 and len(removed) <= 55
     assert begin != end or len(removed) == 1
-    assert pruning.end_of_epoch(steps - 1) and net.stage_3[0].conv_a.out_channels == 32
+    assert pruning.cut(steps) and net.stage_3[0].conv_a.out_channels == 32
 
 
 @pytest.mark.parametrize("name, tied", [*((name, True) for name in NETWORKS if name != "resnet8"), ("resnet8", False)])
@@ -192,7 +192,7 @@ def test_removed_filters_give_zeros_and_their_cut_changes_nothing(name, tied):
                 assert outputs[conv.norm][:, ~removed].any()
         for hook in hooks:
             hook.remove()
-        assert pruning.end_of_epoch(3)
+        assert pruning.cut(4)
         assert torch.allclose(net(images(9, size)), before[False], rtol=1e-9, atol=1e-9)
         assert torch.allclose(net.train()(images(9, size)), before[True], rtol=1e-9, atol=1e-9)
 
@@ -290,7 +290,7 @@ def test_the_weakest_filters_are_removed():
     with torch.no_grad():
         net.stage_2[0].bn_a.weight.copy_(torch.arange(32).flip(0) - 5.0)
     pruning.before_step(0)
-    pruning.end_of_epoch(0)
+    pruning.cut(1)
     # |26|, |25|, ... |11|: the first sixteen.
     assert pruning.kept["stage_2.0.conv_a.weight"] == list(range(16))
 

@@ -36,7 +36,7 @@ def at_once(net, size=32, **options):
     torch.manual_seed(0)
     pruning = GradualPruning(net, optimizer_of(net), example(size), steps=10, begin=0, end=0, **options)
     assert "filters removed" in pruning.before_step(0) and pruning.before_step(1) is None
-    assert "network cut" in pruning.end_of_epoch(0) and pruning.end_of_epoch(1) is None
+    assert "network cut" in pruning.cut(0) and pruning.cut(1) is None
     return pruning
 
 

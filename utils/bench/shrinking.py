@@ -42,7 +42,7 @@ def make_run(arch: str, shrink: bool, args: argparse.Namespace) -> Callable[[], 
     def train_next() -> None:
         first = next(epochs) * len(loader)
         train_epoch(net, loader, cross_entropy, optimizer, args.device, lambda t: pruning.before_step(first + t))
-        pruning.end_of_epoch(first + len(loader) - 1)
+        pruning.cut(first + len(loader))
 
     return train_next
 

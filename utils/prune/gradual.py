@@ -6,7 +6,7 @@
     pruning.before_step(step)
     optimizer.step()
     ...
-    pruning.end_of_epoch(step)  # new, smaller parameters: compile and wrap the network again
+    pruning.cut(step + 1)  # after an epoch: new, smaller parameters: compile and wrap the network again
 
 Nothing is removed before `begin`; then the removed share grows as 1 - (1 - x)^3 until `end` (Zhu, Gupta, "To prune, or
 not to prune", 2017), fast at first, when most filters are still there to take over; then it is fixed.
@@ -118,7 +118,8 @@ class GradualPruning:
     def before_step(self, step: int) -> str | None:
         """Once per mini-batch, between backward and the optimizer's step.
 
-        Gradients are complete, and equal on all processes, which then remove the same filters.
+        Gradients are complete, and equal on all processes, which then remove the same filters. (Before the first
+        mini-batch, where `at_once`, none are needed.)
 
         Args:
             step: mini-batches of the run before this one.
@@ -153,16 +154,23 @@ class GradualPruning:
         return f"{text}; {self._widths()}" if self.allocation == "global" else text
 
     @property
+    def at_once(self) -> bool:
+        """Whether everything can be removed before the first mini-batch. Then call before_step(0) and cut(0), so that
+        the small network is trained from the beginning. Scores that need gradients wait for the first ones.
+        """
+        return not (self.done or self.last or self.scores.need_gradients)
+
+    @property
     def can_cut(self) -> bool:
         """Whether something was removed since the last cut that can be cut out."""
         gone = self.present & ~self.alive
         return self.shrinks and any(bool(gone[layer.made].any()) for layer in self.plan.layers)
 
-    def end_of_epoch(self, last_step: int) -> str | None:
+    def cut(self, step: int) -> str | None:
         """Cuts out of the network what was removed since the last cut.
 
         Args:
-            last_step: of the epoch, for the text.
+            step: the next one, for the text.
 
         Returns:
             Where the network was cut, a line for the log. Some of its parameters are new then, in the optimizer too:
@@ -175,7 +183,7 @@ class GradualPruning:
         shrink(self.net, self.optimizer, self.plan, self.present, after)
         self.present = after
         self._zero_removed()
-        return f"network cut after step {last_step}: {self._costs(self.alive)}; {self._widths()}"
+        return f"network cut before step {step}: {self._costs(self.alive)}; {self._widths()}"
 
     @torch.no_grad()
     def _zero_removed(self) -> None:

@@ -69,10 +69,15 @@ class Scores:
                 "use norm or taylor"
             )
 
+    @property
+    def need_gradients(self) -> bool:
+        """Whether a filter has no score before the first mini-batch."""
+        return self.score.needs == "taylor"
+
     @torch.no_grad()
     def accumulate(self) -> None:
         """Adds this mini-batch's Taylor estimates; needs its complete gradients. Nothing is read back to the host."""
-        if self.score.needs != "taylor":
+        if not self.need_gradients:
             return
         products = []
         for layer in self.plan.convolutions:

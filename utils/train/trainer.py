@@ -162,6 +162,10 @@ class Trainer:
         try:
             with self._explained(), stop.deferred():
                 run.write_metrics(self.history)
+                if self.pruning and self.pruning.at_once:
+                    self._prune(0)
+                    if self.pruning.can_cut:
+                        self._cut(0)
                 begin = drawn = time.monotonic()
                 first = self.epochs_done
                 for epoch in range(first, self.args.epochs):
@@ -201,7 +205,7 @@ class Trainer:
         trained = self._train_epoch(epoch)
         self.run.log(format_pass("Train", trained))
         if self.pruning and self.position and self.pruning.can_cut:
-            self._cut(self.steps_before(epoch + 1) - 1)
+            self._cut(self.steps_before(epoch + 1))
         tested = evaluate(self.net, self.test_loader, self.device, on_batch=self._stop_while_testing)
         self.run.log(format_pass("Test", tested))
         if not math.isfinite(tested.loss):
@@ -220,11 +224,11 @@ class Trainer:
         self._save(is_best=is_best)
         self.run.write_metrics(self.history)
 
-    def _cut(self, last_step: int) -> None:
+    def _cut(self, step: int) -> None:
         """Cuts out the filters that were removed; the log says by how much this changes the logits."""
         images, comparison = data.first_images(self.images.test, CUT_COMPARED).to(self.device), Report()
         before = copy.deepcopy(self.net).eval()
-        text = self.pruning.end_of_epoch(last_step)
+        text = self.pruning.cut(step)
         with true_float32():
             check_equal(before, self.net.eval(), [images], comparison)
         self.run.log(f"{text}; logits differ by at most {comparison.difference:.1e} on {len(images)} images")
