@@ -19,11 +19,20 @@ run() {
 }
 export -f run
 
-# NAME FLAGS. Teacher: the logits of seed 1 are computed once for all runs (--teacher_cache).
+# NAME FLAGS. The teacher of seed 1 is computed once for all runs (--teacher_cache), kd-mse1 first as it needs features
+# too; B comes after what says which loss it should take.
 SMALL="--recipe baseline --widths_of runs/scratch-gradual-seed1/small.resnet20.pth.tar"
 SMALL+=" --batch_size 128 --lr_schedule cosine --learning_rate 0.1 --warmup 1"
 sed "s|TRAINED|--recipe prune_gradual --resume $R20|; s|TAUGHT|--teacher $R56 --teacher_cache runs/teacher.db|
     s|SMALL|$SMALL|; s|PUBLIC56|$R56|" <<'QUEUE' |
+kd-mse1 TRAINED --macs_cut 0.52 --round_to 8 --epochs 10 TAUGHT --kd feature:MSE:1 --ce_weight 1 --shrink off
+kd-kl05 TRAINED --macs_cut 0.52 --round_to 8 --epochs 10 TAUGHT --kd logits:KL:0.5 --ce_weight 0.5
+kd-kl09 TRAINED --macs_cut 0.52 --round_to 8 --epochs 10 TAUGHT --kd logits:KL:0.9 --ce_weight 0.1
+kd-std1 TRAINED --macs_cut 0.52 --round_to 8 --epochs 10 TAUGHT --kd logits:KL:1:T=2,standardise=1 --ce_weight 0.5
+kd-std9 TRAINED --macs_cut 0.52 --round_to 8 --epochs 10 TAUGHT --kd logits:KL:9:T=2,standardise=1 --ce_weight 0.5
+kd-dkd02 TRAINED --macs_cut 0.52 --round_to 8 --epochs 10 TAUGHT --kd logits:DKD:0.2 --ce_weight 1
+kd-dkd1 TRAINED --macs_cut 0.52 --round_to 8 --epochs 10 TAUGHT --kd logits:DKD:1 --ce_weight 1
+kd-mse10 TRAINED --macs_cut 0.52 --round_to 8 --epochs 10 TAUGHT --kd feature:MSE:10 --ce_weight 1 --shrink off
 B TRAINED --macs_cut 0.5 --round_to 8 --epochs 60 TAUGHT
 one-shot-seed2 TRAINED --macs_cut 0.52 --epochs 10 --manualSeed 2
 one-shot-seed3 TRAINED --macs_cut 0.52 --epochs 10 --manualSeed 3
@@ -39,14 +48,6 @@ scratch-gradual-seed3 --recipe prune_gradual --macs_cut 0.52 --round_to 8 --epoc
 scratch-initial-seed3 --recipe prune_gradual --macs_cut 0.52 --round_to 8 --epochs 10 --manualSeed 3 --prune_begin 0 --prune_end 0
 scratch-small-seed3 SMALL --epochs 10 --manualSeed 3
 gradual-30 --recipe prune_gradual --macs_cut 0.52 --round_to 8 --epochs 30
-kd-mse1 TRAINED --macs_cut 0.52 --round_to 8 --epochs 10 TAUGHT --kd feature:MSE:1 --ce_weight 1 --shrink off
-kd-mse10 TRAINED --macs_cut 0.52 --round_to 8 --epochs 10 TAUGHT --kd feature:MSE:10 --ce_weight 1 --shrink off
-kd-kl05 TRAINED --macs_cut 0.52 --round_to 8 --epochs 10 TAUGHT --kd logits:KL:0.5 --ce_weight 0.5
-kd-kl09 TRAINED --macs_cut 0.52 --round_to 8 --epochs 10 TAUGHT --kd logits:KL:0.9 --ce_weight 0.1
-kd-std1 TRAINED --macs_cut 0.52 --round_to 8 --epochs 10 TAUGHT --kd logits:KL:1:T=2,standardise=1 --ce_weight 0.5
-kd-std9 TRAINED --macs_cut 0.52 --round_to 8 --epochs 10 TAUGHT --kd logits:KL:9:T=2,standardise=1 --ce_weight 0.5
-kd-dkd02 TRAINED --macs_cut 0.52 --round_to 8 --epochs 10 TAUGHT --kd logits:DKD:0.2 --ce_weight 1
-kd-dkd1 TRAINED --macs_cut 0.52 --round_to 8 --epochs 10 TAUGHT --kd logits:DKD:1 --ce_weight 1
 one-shot-30 TRAINED --macs_cut 0.52 --round_to 8 --epochs 30
 late-30 TRAINED --macs_cut 0.52 --round_to 8 --epochs 30 --prune_begin 0.05 --prune_end 0.5
 one-shot-30-seed2 TRAINED --macs_cut 0.52 --round_to 8 --epochs 30 --manualSeed 2
