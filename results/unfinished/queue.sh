@@ -10,12 +10,12 @@ export DATA=${1:?the path of CIFAR-10} R20=${R20:?the public ResNet-20} R56=${R5
 run() {
     local name=$1 folder=runs/$1
     shift
-    [ -e "$folder/results.json" ] && return
-    # Not --resume auto: a run that begins with a trained network names that one first.
+    [ -e "$folder.done" ] && return
+    # The last --resume counts: a new run may begin with a trained network, a stopped one goes on.
     local latest=("$folder"/checkpoint.*)
     [ -e "${latest[0]}" ] && set -- "$@" --resume auto
     mkdir -p runs
-    python cifar10_resnet_test.py "$DATA" --save_path "$folder" "$@" >> "$folder.log" 2>&1
+    python cifar10_resnet_test.py "$DATA" --save_path "$folder" "$@" >> "$folder.log" 2>&1 && touch "$folder.done"
 }
 export -f run
 
