@@ -70,7 +70,7 @@ class TeacherCache:
 
     def _key(self, images: Tensor) -> bytes:
         device = images.device.type
-        # Rounded to bfloat16 somewhere, outputs are others.
+        # Outputs that autocast has rounded to bfloat16 are others.
         arithmetic = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else images.dtype
         content = hashlib.blake2b(f"{self.teacher} {arithmetic} {tuple(images.shape)}".encode(), digest_size=16)
         # In memory order for channels_last, so that nothing is copied on a CPU.

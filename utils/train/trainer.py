@@ -164,8 +164,7 @@ class Trainer:
                 run.write_metrics(self.history)
                 if self.pruning and self.pruning.at_once:
                     self._prune(0)
-                    if self.pruning.can_cut:
-                        self._cut(0)
+                    self._cut(0)
                 begin = drawn = time.monotonic()
                 first = self.epochs_done
                 for epoch in range(first, self.args.epochs):
@@ -204,7 +203,7 @@ class Trainer:
         """Training pass, cut of the network, test pass, checkpoint and metrics of one epoch."""
         trained = self._train_epoch(epoch)
         self.run.log(format_pass("Train", trained))
-        if self.pruning and self.position and self.pruning.can_cut:
+        if self.pruning and self.position:
             self._cut(self.steps_before(epoch + 1))
         tested = evaluate(self.net, self.test_loader, self.device, on_batch=self._stop_while_testing)
         self.run.log(format_pass("Test", tested))
@@ -225,7 +224,9 @@ class Trainer:
         self.run.write_metrics(self.history)
 
     def _cut(self, step: int) -> None:
-        """Cuts out the filters that were removed; the log says by how much this changes the logits."""
+        """Cuts out the filters that were removed, if any; the log says by how much this changes the logits."""
+        if not self.pruning.can_cut:
+            return
         images, comparison = data.first_images(self.images.test, CUT_COMPARED).to(self.device), Report()
         before = copy.deepcopy(self.net).eval()
         text = self.pruning.cut(step)
