@@ -3,6 +3,9 @@
 import copy
 import hashlib
 import json
+import shutil
+import sqlite3
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,20 +128,33 @@ def test_a_cache_holds_one_teachers_outputs_apart_from_anothers(tmp_path):
     assert not torch.equal(*(objective.teacher_features(IMAGES)["logits"][0] for objective in (one, other)))
     with pytest.raises(UserError, match=r"cache'.*logits differ by.*another file"):
         other.keep_outputs(TeacherCache(file, "one"), IMAGES)
-    with pytest.raises(UserError, match="leave it out"):
-        make("stages:L1")[2].keep_outputs(TeacherCache(file, "one"), IMAGES)
     file.write_bytes(b"something else" * 100)
-    with pytest.raises(UserError, match=r"cache'.*not a database; name a file"):
+    with pytest.raises(UserError, match=r"cache'.*not a database; name another file"):
         TeacherCache(file, "one")
 
 
-def test_a_cache_that_fails_ends_no_run(tmp_path):
+def test_another_programs_database_is_refused_and_left_alone(tmp_path):
+    with sqlite3.connect(tmp_path / "other.db") as other:
+        other.execute("CREATE TABLE outputs (theirs)")
+    before = (tmp_path / "other.db").read_bytes()
+    with pytest.raises(UserError, match=r"other.db'.*another program's database; name another file"):
+        TeacherCache(tmp_path / "other.db", "one")
+    assert (tmp_path / "other.db").read_bytes() == before
+
+
+@pytest.mark.parametrize("fault", ["no such table", "left on its disk"])
+def test_a_cache_that_fails_ends_no_run(fault, tmp_path, monkeypatch, capsys):
     _, student, objective = make("logits:KL")
     objective.keep_outputs(TeacherCache(tmp_path / "cache", "one"), IMAGES)
-    objective.cache._file.execute("DROP TABLE outputs")
-    with pytest.warns(UserWarning, match=r"cache'.*no such table.*not used any more"):
-        loss, _ = objective(student, IMAGES[:2], LABELS[:2])
+    if fault == "no such table":
+        objective.cache._database.execute("DROP TABLE outputs")
+    else:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 29))
+    loss, _ = objective(student, IMAGES[:2], LABELS[:2])
     assert torch.equal(loss, objective(student, IMAGES[:2], LABELS[:2])[0])
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert f"cache': {fault}" in warning.replace("less than 1024 MiB are ", "") and "goes on without it" in warning
+    assert objective.cache.counts == {"read": 0, "computed": 2}
 
 
 def test_a_second_run_with_a_cache_is_the_same_and_runs_no_teacher(train, teacher, tmp_path, monkeypatch):
@@ -147,6 +163,8 @@ def test_a_second_run_with_a_cache_is_the_same_and_runs_no_teacher(train, teache
     first = train(*flags, "--teacher_cache", tmp_path / "cache", "--save_path", "first")
     monkeypatch.setattr(TeacherCache, "put", lambda *args: pytest.fail("an output is missing"))
     second = train(*flags, "--teacher_cache", tmp_path / "cache", "--save_path", "second")
+    counts = json.loads((second / "results.json").read_text())["teacher"]["cache"]
+    assert counts["computed"] == 0 < counts["read"]
     weights = [load(folder)["state_dict"] for folder in (plain, first, second)]
     assert all(torch.equal(value, w[name]) for w in weights[1:] for name, value in weights[0].items())
 

@@ -107,6 +107,17 @@ def test_one_shot_trains_the_small_network_from_the_first_step(train, teacher, s
     assert (log.index("network cut before step") < log.index("Epoch: [000][000")) == (score == "norm")
 
 
+def test_a_run_that_goes_on_removes_at_once_where_it_is_unless_it_is_over(train, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 5)
+        train(*GRADUAL, "--HTrate", 0.5, "--prune_begin", 0.8, "--prune_end", 0.9, "--save_path", "part")
+    at_once = ["--resume", f"part/{NAME}", "--prune_begin", 0, "--prune_end", 0, "--epochs"]
+    over, goes_on = (train(*at_once, epochs, "--save_path", f"to-{epochs}") for epochs in (1, 2))
+    texts = [(folder / "log_seed_1.txt").read_text() for folder in (over, goes_on)]
+    assert not re.search(r"filters removed, \d+ left", texts[0]), "it would be untested"
+    assert "\nstep 3: " in texts[1] and "network cut before step 3" in texts[1]
+
+
 def test_fine_tuning_a_cut_network_counts_in_the_unpruned_one(train, whole):
     file, first = whole / NAME, json.loads((whole / "results.json").read_text())
     tuned = train("--recipe", "finetune", "--resume", file, "--epochs", 1, "--v", 0, "--batch_size", 16, "--k", 24)
@@ -153,6 +164,7 @@ def test_it_starts_from_a_trained_network(train, teacher):
         (["--HTrate", 0.7, "--prune_begin", 0.8, "--prune_end", 0.2], "is after"),
         (["--HTrate", 1], "removes nothing"),
         (["--HTrate", 0.7, "--teacher", "TEACHER", "--kd", "feature:MSE"], "add --shrink off"),
+        (["--HTrate", 0.7, "--teacher", "TEACHER", "--kd", "stages:AT", "--teacher_cache", "runs"], "not stages"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(train, teacher, flags, pattern):

@@ -227,6 +227,14 @@ def test_a_mini_batch_without_a_readable_image_adds_no_score():
     assert before and all(torch.equal(value, pruning.scores.sums[name]) for name, value in before.items())
 
 
+def test_a_taylor_score_waits_for_a_mini_batch_with_a_readable_image():
+    net, optimizer, pruning, size = start(begin=0.0, end=0.0, score="taylor", HTrate=0.5)
+    net.zero_grad()
+    assert pruning.before_step(0) is None and pruning.alive.all()
+    train(net, optimizer, pruning, size, [1])
+    assert pruning.done and not pruning.alive.all()
+
+
 def taylor(conv, norm, i):
     return sum(p[i] * p.grad[i] for p in (norm.weight, norm.bias)).abs()
 

@@ -19,8 +19,8 @@ run() {
 }
 export -f run
 
-# NAME FLAGS. The teacher of seed 1 is computed once for all runs (--teacher_cache), kd-mse1 first as it needs features
-# too; B comes after what says which loss it should take.
+# NAME FLAGS. The teacher of seed 1 is computed once for all runs (--teacher_cache) where kd-mse1, which needs features
+# too, is ahead of the others: alone in the first hour. B comes after what says which loss it should take.
 SMALL="--recipe baseline --widths_of runs/scratch-gradual-seed1/small.resnet20.pth.tar"
 SMALL+=" --batch_size 128 --lr_schedule cosine --learning_rate 0.1 --warmup 1"
 sed "s|TRAINED|--recipe prune_gradual --resume $R20|; s|TAUGHT|--teacher $R56 --teacher_cache runs/teacher.db|
@@ -33,7 +33,7 @@ kd-std9 TRAINED --macs_cut 0.52 --round_to 8 --epochs 10 TAUGHT --kd logits:KL:9
 kd-dkd02 TRAINED --macs_cut 0.52 --round_to 8 --epochs 10 TAUGHT --kd logits:DKD:0.2 --ce_weight 1
 kd-dkd1 TRAINED --macs_cut 0.52 --round_to 8 --epochs 10 TAUGHT --kd logits:DKD:1 --ce_weight 1
 kd-mse10 TRAINED --macs_cut 0.52 --round_to 8 --epochs 10 TAUGHT --kd feature:MSE:10 --ce_weight 1 --shrink off
-B TRAINED --macs_cut 0.5 --round_to 8 --epochs 60 TAUGHT
+B TRAINED --macs_cut 0.5 --epochs 60 TAUGHT
 one-shot-seed2 TRAINED --macs_cut 0.52 --epochs 10 --manualSeed 2
 one-shot-seed3 TRAINED --macs_cut 0.52 --epochs 10 --manualSeed 3
 gradual-seed2 TRAINED --macs_cut 0.52 --epochs 10 --manualSeed 2 --prune_begin 0.05 --prune_end 0.5

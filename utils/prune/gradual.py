@@ -1,4 +1,4 @@
-"""Gradual pruning: filters are removed while the network trains, a few at a time, and cut out after each epoch.
+"""Gradual pruning: filters are removed while the network trains, a few at a time or at once, and cut out of it.
 
     pruning = GradualPruning(net, optimizer, images, steps=epochs * len(loader), macs_cut=0.5)
     ...
@@ -118,8 +118,8 @@ class GradualPruning:
     def before_step(self, step: int) -> str | None:
         """Once per mini-batch, between backward and the optimizer's step.
 
-        Gradients are complete, and equal on all processes, which then remove the same filters. (Before the first
-        mini-batch, where `at_once`, none are needed.)
+        Gradients are complete, and equal on all processes, which then remove the same filters. Where `at_once`, none
+        are needed.
 
         Args:
             step: mini-batches of the run before this one.
@@ -130,6 +130,8 @@ class GradualPruning:
         if self.done or step < self.first:
             return None
         self.scores.accumulate()
+        if self.scores.need_gradients and not self.scores.sums:
+            return None  # no image of these mini-batches could be read
         if step < self.last and (step == self.first or (step - self.first) % self.every):
             return None
         self.done = step >= self.last
@@ -155,7 +157,7 @@ class GradualPruning:
 
     @property
     def at_once(self) -> bool:
-        """Whether everything can be removed before the first mini-batch. Then call before_step(0) and cut(0), so that
+        """Whether everything can be removed without a mini-batch. Then call before_step and cut at the start, so that
         the small network is trained from the beginning. Scores that need gradients wait for the first ones.
         """
         return not (self.done or self.last or self.scores.need_gradients)
@@ -222,7 +224,7 @@ class GradualPruning:
         """Before training: the schedule, what will be left (uniform) and what is kept, and why."""
         plan = self.plan
         steps = f"nothing before step {self.first}, then a share that grows every {self.every} steps to {self.last}"
-        steps = steps if self.last else "everything before the first step"
+        steps = steps if self.last else f"everything {'in' if self.scores.need_gradients else 'before'} the first step"
         lines, full = [f"pruning by {self.score}, {self.allocation}, removes {steps}"], plan.multiply_adds(plan.full)
         if self.allocation == "uniform":
             everything = torch.ones_like(self.alive)

@@ -153,7 +153,13 @@ def _check(args: argparse.Namespace, given: dict) -> None:
     for broken, message in rules:
         if broken:
             raise UserError(message)
-    check_terms([parse_term(term) for term in args.kd])
+    terms = [parse_term(term) for term in args.kd]
+    check_terms(terms)
+    if args.teacher_cache and any(term.on == "stages" for term in terms):
+        raise UserError("--teacher_cache keeps logits and features, not stages; compare those, or leave it out")
+    wide = [term for term in terms if term.on != "logits"]
+    if args.teacher and gradual and args.shrink and wide:
+        raise UserError(f"--kd {wide[0]} compares widths, which the cuts change; compare logits, or add --shrink off")
     if gradual:
         names = ("prune_begin", "prune_end", "HTrate", "macs_cut", "prune_score", "allocation")
         check_options(*(getattr(args, name) for name in names))

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from utils.base.errors import UserError
+from utils.train.device import true_float32
 from utils.train.engine import at_least_float32
 from utils.train.features import with_features
 from utils.train.losses import Term, check_terms
@@ -81,12 +82,13 @@ class Distillation:
     def keep_outputs(self, cache: TeacherCache, images: Tensor) -> None:
         """Reads the teacher's outputs from a cache, and writes those that it has not; `images` as in __init__.
 
+        The terms compare logits and features; stages are too large.
+
         Raises:
-            UserError: the cache has outputs of another teacher, or a term compares stages, which are too large for it.
+            UserError: the cache has outputs of another teacher.
         """
-        if "stages" in self.compared:
-            raise UserError("--teacher_cache keeps logits and features; compare those, or leave it out")
-        cache.check(images, self._run_teacher(images))
+        with true_float32():
+            cache.check(images, self._run_teacher(images))
         self.cache = cache
 
     def teacher_features(self, images: Tensor) -> dict[str, list[Tensor]]:

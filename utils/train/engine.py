@@ -1,4 +1,5 @@
-"""One training step, what it minimises, and one pass over the test data. No step waits for the device.
+"""One training step, what it minimises, and one pass over the test data. No step waits for the device
+(but for --teacher_cache).
 
 An objective is called with (net, images, labels) and returns (loss, logits): cross_entropy here, with a teacher
 utils.train.distillation.

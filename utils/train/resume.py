@@ -96,7 +96,7 @@ def adopted_settings(given: dict, checkpoint: dict | None) -> dict:
     recipe = given.get("recipe", saved.get("recipe"))
     names = SAME_NETWORK
     if not given.get("evaluate") and saved and recipe == saved["recipe"]:
-        names = [*SAME_RUN, "epochs", "data_path", "teacher", "arch", "arch_small"]
+        names = [*SAME_RUN, "epochs", "data_path", "teacher", "teacher_cache", "arch", "arch_small"]
     elif not given.get("evaluate") and recipe == "finetune":
         names = [*SAME_NETWORK, "HTrate"]
     excluded = set(given).union(*map(alternatives, given))

@@ -75,11 +75,13 @@ def build_objective(
         usual: the data set's own normalisation, that of a teacher whose checkpoint names none.
 
     Raises:
-        UserError: a teacher of other classes, or one that is no better than chance.
+        UserError: a teacher of other classes, one that is no better than chance, or an unusable --teacher_cache.
     """
     if teacher is None:
         return cross_entropy, {}
     teacher, checkpoint = teacher
+    identity = f"{args.teacher_sha256}{' tf32' if args.tf32 else ''}"
+    cache = on_all(lambda: TeacherCache(args.teacher_cache, identity)) if args.teacher_cache else None
     device, classes = next(net.parameters()).device, len(images.classes)
     models.renormalise(teacher, checkpoint.get("normalisation", usual), images.normalisation)
     teacher.to(device, memory_format=torch.channels_last).eval()
@@ -102,13 +104,11 @@ def build_objective(
             f"--teacher '{args.teacher}' has {tested.top1:.2f} %, no better than chance ({chance:g} %); train it first"
         )
     terms = [parse_term(term) for term in args.kd]
-    wide = [str(term) for term in terms if term.on != "logits"]
-    if args.recipe == "prune_gradual" and args.shrink and wide:
-        raise UserError(f"--kd {wide[0]} compares widths, which the cuts change; compare logits, or add --shrink off")
     objective = Distillation(teacher, net, sample, terms, ce_weight=args.ce_weight)
-    if args.teacher_cache:
-        objective.keep_outputs(TeacherCache(args.teacher_cache, args.teacher_sha256), sample)
     facts = {"arch": args.teacher_arch, "file": args.teacher, "accuracy": tested.top1, "sha256": args.teacher_sha256}
+    if cache:
+        on_all(lambda: objective.keep_outputs(cache, sample))
+        facts["cache"] = cache.counts
     return objective, {"teacher": facts}
 
 

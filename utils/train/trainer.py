@@ -162,11 +162,12 @@ class Trainer:
         try:
             with self._explained(), stop.deferred():
                 run.write_metrics(self.history)
-                if self.pruning and self.pruning.at_once:
-                    self._prune(0)
-                    self._cut(0)
-                begin = drawn = time.monotonic()
                 first = self.epochs_done
+                if self.pruning and self.pruning.at_once and first < self.args.epochs:
+                    step = self.steps_before(first) + self.position
+                    self._prune(step)
+                    self._cut(step)
+                begin = drawn = time.monotonic()
                 for epoch in range(first, self.args.epochs):
                     self._log_epoch(epoch, (time.monotonic() - begin) / (epoch - first) if epoch > first else 0)
                     self._run_epoch(epoch)
