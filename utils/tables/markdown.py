@@ -37,6 +37,9 @@ def row_cells(group: SeedGroup, base: Path) -> dict[str, str]:
     beside = [] if run.remark else published_beside(run, read_published())
     logs = {r.seed: r.folder / f"log_seed_{r.seed}.txt" for r in group.runs}
     links = {seed: Path(os.path.relpath(log, base)).as_posix() for seed, log in logs.items() if log.is_file()}
+    times: dict[str, list[str]] = {}
+    for r in group.runs:
+        times.setdefault(r.machine, []).append(f"{r.results['seconds'] / 60:.0f}")
     counted = "" if costs.left is None else f"{costs.left / 1e6:.2f} M"
     return {
         "network": run.arch,
@@ -48,7 +51,7 @@ def row_cells(group: SeedGroup, base: Path) -> dict[str, str]:
         "multiply-adds": counted + (f" (-{100 * costs.cut:.1f} %)" if costs.cut else ""),
         "papers' formula": f"-{100 * costs.formula_cut:.1f} %" if costs.formula_cut else "",
         "published": "<br>".join(f"{row}: **{group.mean - row.acc:+.2f}**" for row in beside),
-        "minutes, machine": "<br>".join(r.minutes for r in group.runs),
+        "minutes, machine": "<br>".join(f"{' + '.join(own)}, {where}" for where, own in times.items()),
         "small network's speed-up": "<br>".join(r.speed_up for r in group.runs if r.speed_up),
         "log": " ".join(f"[seed {seed}]({link})" for seed, link in links.items()),
     }

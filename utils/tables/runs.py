@@ -72,7 +72,7 @@ class Run:
         self.key = json.dumps(
             [identity(settings), own, self.started_from, self.images, self.arithmetic], sort_keys=True
         )
-        self.speed_up, self.minutes = self._speed_up(), self._minutes()
+        self.speed_up, self.machine = self._speed_up(), self._machine()
 
     def _data_remark(self) -> str:
         if self.results["synthetic_data"]:
@@ -115,11 +115,11 @@ class Run:
         largest = {device: f"{times:.2f} (batch {batch}, {device})" for device, batch, times in rows}
         return ", ".join(largest.values())
 
-    def _minutes(self) -> str:
-        """Time, machine, and in how many pieces."""
+    def _machine(self) -> str:
+        """Where the run was made, and in how many pieces."""
         machine, pieces = self.results.get("machine", {}), self.results.get("pieces", 1)
         where = machine.get("gpu") or f"{machine.get('threads', '?')} of {machine.get('cpu_cores', '?')} CPU cores"
-        return f"{self.results['seconds'] / 60:.0f}, {where}" + (f", in {pieces} pieces" if pieces > 1 else "")
+        return where + (f", in {pieces} pieces" if pieces > 1 else "")
 
 
 class SeedGroup:
