@@ -12,15 +12,16 @@ SHOWN = 25
 
 
 def draw_accuracy(groups: list[SeedGroup], published: list[Published], path: Path) -> bool:
-    """Writes a PNG with a panel per network for full-length runs beside the published rows, and one for shorter runs.
+    """Writes a PNG, a panel per network: full-length runs beside published rows or, where there is none, shorter ones.
 
     Published rows stand at the multiply-adds that their cut leaves of the network here, own ones at those counted.
     Bars: published, standard deviation; own, 95 % interval. Returns whether there was anything to draw.
     """
     panels: dict[str, list[tuple]] = {}  # title: (millions of multiply-adds, accuracy, bar, label, own)
+    with_full = {(group.first.dataset, group.first.arch) for group in groups if group.is_comparable}
     for group in sorted(groups, key=lambda group: -group.mean):
         run, costs = group.first, group.first.costs
-        if costs.left is None:
+        if costs.left is None or (not group.is_comparable and (run.dataset, run.arch) in with_full):
             continue
         title = f"{run.arch} on {run.dataset}" + (f", {run.data_remark}" if run.data_remark else "")
         if not group.is_comparable:
