@@ -3,7 +3,9 @@
 import json
 import math
 
+import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 import models
@@ -14,6 +16,7 @@ from utils.tables.markdown import BEGIN, END, NONE_YET, main, make_report, readm
 from utils.tables.published import PUBLISHED, read_published
 from utils.tables.runs import ROOT, describe_source, find_runs
 from utils.tables.statistics import half_width, half_width_of_difference
+from utils.train.engine import pack_hits
 from utils.train.options import recipe_settings
 
 SHORT = dict(epochs=10, schedule=[1, 3, 6, 8])
@@ -81,6 +84,31 @@ def test_the_interval_of_a_difference_is_welchs_and_of_equal_seeds_paired():
         assert half_width_of_difference(a, other, many) == pytest.approx((interval.high - interval.low) / 2, rel=1e-6)
     assert half_width_of_difference(a, paired, 10_000) > half_width_of_difference(a, paired, many)
     assert half_width_of_difference(a, {1: 90.0}, many) is None
+
+
+def test_answers_paired_by_image_tell_apart_what_the_bound_cannot(put, tmp_path):
+    base = torch.arange(10_000) >= 1000
+    for seed in (1, 2):
+        # Right on 40 images more, and on the same ones otherwise.
+        better = base.clone()
+        better[(~base).nonzero()[10 * seed : 10 * seed + 40]] = True
+        for name, hits, flags in (("base", base, {}), ("better", better, {"no_regrow": True})):
+            last = 100 * hits.double().mean().item()
+            put(f"{name}{seed}", last=last, seed=seed, changes={"test_hits": pack_hits(hits)}, **flags)
+    (line,) = order(groups(tmp_path))
+    # By hand: 30 images differ in both seeds, 20 in one; no variance over seeds.
+    apart = np.array([1.0] * 30 + [0.5] * 20 + [0.0] * 9950)
+    assert f"is ahead of AHSG-HT 30 %: +0.40 ± {1.959964 * 100 * apart.std(ddof=1) / 100:.2f} (95 %)" in line
+    for run in tmp_path.glob("base*/results.json"):
+        run.write_text(json.dumps({**json.loads(run.read_text()), "test_hits": None}))
+    (line,) = order(groups(tmp_path))
+    assert "cannot be distinguished" in line and "+0.40 ± 0.82" in line  # 1.96 * sqrt(0.09 + 0.0868) %
+
+
+@pytest.mark.parametrize("text", ["AA==", "?", pack_hits(torch.zeros(10_000, dtype=torch.bool))])
+def test_answers_that_do_not_fit_their_run_are_damage(put, tmp_path, text):
+    put("a", last=90.0, changes={"test_hits": text})
+    assert groups(tmp_path) == [] and "is damaged and passed over" in find_runs([tmp_path])[1][0]
 
 
 def test_order_needs_two_seeds_on_both_sides(put, tmp_path):

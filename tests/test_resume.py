@@ -61,6 +61,7 @@ def test_resume_alone_is_the_same_run_to_the_last_bit(train, tree, arch, flags):
 
 def test_what_changed_is_named_and_what_is_finished_stays(train, tree, capsys):
     part = train("--epochs", 1)
+    hits = results(part)["test_hits"]
     for name in ("results.json", "curves.png", "metrics.csv"):
         (part / name).unlink()
     before = (part / NAME).read_bytes()
@@ -68,6 +69,7 @@ def test_what_changed_is_named_and_what_is_finished_stays(train, tree, capsys):
     assert "nothing left to do" in capsys.readouterr().out and (part / NAME).read_bytes() == before
     # Results that were lost in a crash are written again.
     assert results(part)["finished"] and (part / "curves.png").is_file() and (part / "metrics.csv").is_file()
+    assert hits and results(part)["test_hits"] == hits
     bare(tree, "--epochs", 2, "--resume", part / NAME, "--HTrate", 0.5)
     assert "HTrate 0.7 -> 0.5" in next(part.glob("log_seed_*")).read_text()
     older = part / "previous.resnet8.pth.tar"

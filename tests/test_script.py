@@ -17,9 +17,10 @@ from tiny import settings_of
 
 import cifar10_resnet_test as script
 import data
+import models
 from utils.base.errors import UserError, run_main
 from utils.train import setup
-from utils.train.engine import evaluate
+from utils.train.engine import evaluate, unpack_hits
 from utils.train.recipes import fit_schedule, learning_rate_at
 
 NAME = "checkpoint.resnet8.pth.tar"
@@ -112,7 +113,7 @@ def test_one_process_of_a_machine_reads_the_data_first(name, monkeypatch):
         module.main(["DATA"])
 
 
-def test_a_pruned_run_leaves_everything_behind(train, capsys):
+def test_a_pruned_run_leaves_everything_behind(train, tree, capsys):
     folder = train("--epochs", 2, "--save_path", "out", "--manualSeed", 5)
     assert folder == Path("out")
     checkpoints = {f"{kind}.resnet8.pth.tar" for kind in ("checkpoint", "previous", "best", "small")}
@@ -132,6 +133,9 @@ def test_a_pruned_run_leaves_everything_behind(train, capsys):
     )
     assert [f["kept"] for f in found["filters"]] == [11, 11, 11, 22, 22, 44, 44]
     assert Path("out/curves.png").read_bytes().startswith(b"\x89PNG")
+    small, images = models.load("out/small.resnet8.pth.tar"), data.load("cifar10", tree, seed=0).test
+    right = small(images.normalise(images.images)).argmax(1) == images.labels
+    assert unpack_hits(found["test_hits"], len(right)).tolist() == right.tolist()
     saved = load("out/checkpoint.resnet8.pth.tar")
     assert {"epoch", "arch", "state_dict", "best_prec1", "optimizer"} <= set(saved)
     assert (saved["epoch"], saved["arch"]) == (2, "resnet8")

@@ -44,7 +44,8 @@ def order(groups: list[SeedGroup]) -> list[str]:
         if len(members) > 1 and len(several) < len(members):
             lines.append(f"{title}: {len(members) - len(several)} of {len(members)} rows have one seed, so no order")
         for a, b in combinations(several, 2):
-            half, difference = half_width_of_difference(a.last, b.last, a.first.images[1]), a.mean - b.mean
+            apart = None if a.hits is None or b.hits is None else a.hits - b.hits
+            half, difference = half_width_of_difference(a.last, b.last, a.first.images[1], apart), a.mean - b.mean
             verdict = "is ahead of" if difference > half else "cannot be distinguished from"
             lines.append(f"{title}: {a.first.name} {verdict} {b.first.name}: {difference:+.2f} ± {half:.2f} (95 %)")
     return lines

@@ -10,6 +10,7 @@ from pathlib import Path
 from utils.base.errors import UserError
 from utils.tables.costs import run_costs
 from utils.tables.statistics import half_width
+from utils.train.engine import unpack_hits
 from utils.train.options import ALL, identity, phrase, recipe_settings
 from utils.train.recipes import fit_schedule, recipes_of
 
@@ -48,6 +49,9 @@ class Run:
         self.epochs, self.seed = results["epochs_run_here"], results["seed"]
         self.accuracy = results["last_epoch_accuracy"]
         self.images = results["train_images"], results["test_images"]
+        self.hits = unpack_hits(results["test_hits"], self.images[1]) if results.get("test_hits") else None
+        if self.hits is not None and abs(self.hits.mean() - self.accuracy / 100) * self.images[1] > 0.5:
+            raise ValueError(f"test_hits has {100 * self.hits.mean():.2f} %, the last epoch {self.accuracy:.2f}")
         self.arithmetic = results.get("arithmetic", "float32")
         teacher = results["teacher"] if settings.get("teacher") else {}
         self.teacher = f"{teacher['arch']} of {teacher['accuracy']:.2f} %" if teacher else ""
@@ -128,6 +132,7 @@ class SeedGroup:
     Attributes:
         runs: ascending by seed; first: its first run, which stands for what they share.
         last, mean, half_width: {seed: last epoch's accuracy in %}, their mean, half its 95 % interval (None: one seed).
+        hits: of every test image, the share of the runs that were right on it; None where not all runs know.
         title: what groups share whose accuracies may be compared with each other.
         is_comparable: may stand beside published rows.
     """
@@ -137,6 +142,8 @@ class SeedGroup:
         run = self.first = self.runs[0]
         self.last = {run.seed: run.accuracy for run in self.runs}
         self.mean = sum(self.last.values()) / len(self.runs)
+        hits = [run.hits for run in self.runs]
+        self.hits = None if any(one is None for one in hits) else sum(hits) / len(hits)
         self.half_width = half_width(list(self.last.values()), run.images[1])
         remark = f", {run.data_remark}" if run.data_remark else ""
         self.title = f"{run.arch} on {run.dataset}, {run.epochs} epochs from {run.started_from}{remark}"

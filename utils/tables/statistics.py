@@ -13,21 +13,28 @@ def half_width(values: Sequence[float], images: int) -> float | None:
     return None if len(values) < 2 else _half_width(_over_seeds(values), _of_test_set(values, images))
 
 
-def half_width_of_difference(a: dict[int, float], b: dict[int, float], images: int) -> float | None:
+def half_width_of_difference(
+    a: dict[int, float], b: dict[int, float], images: int, apart: np.ndarray | None = None
+) -> float | None:
     """Half the width of the interval of mean(a) - mean(b); None where either has one seed.
 
     Runs of the same seeds are paired: the variance over seeds is that of their differences. Otherwise the variances add
-    (Welch, Biometrika 1947). The test-set parts add as if the networks erred independently, which is an upper bound.
+    (Welch, Biometrika 1947). The test-set part is that of the answers paired by image where they are known; otherwise
+    the parts add as if the networks erred independently, which is an upper bound.
 
     Args:
         a, b: {seed: accuracy in %}.
         images: of the test set.
+        apart: of every test image, the share of a's runs that were right on it less the share of b's.
     """
     if min(len(a), len(b)) < 2:
         return None
     values = [list(one.values()) for one in (a, b)]
     seeds = [[a[seed] - b[seed] for seed in a]] if a.keys() == b.keys() else values
-    return _half_width(*map(_over_seeds, seeds), *(_of_test_set(one, images) for one in values))
+    tests = [_of_test_set(one, images) for one in values]
+    if apart is not None:
+        tests = [(float(np.var(100 * apart, ddof=1)) / images, math.inf)]
+    return _half_width(*map(_over_seeds, seeds), *tests)
 
 
 def _over_seeds(values: Sequence[float]) -> tuple[float, float]:

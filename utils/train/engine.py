@@ -5,11 +5,13 @@ An objective is called with (net, images, labels) and returns (loss, logits): cr
 utils.train.distillation.
 """
 
+import base64
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,13 +35,17 @@ class OneValue(UserError):
 
 @dataclass(frozen=True)
 class PassResult:
-    """Means over one pass and all ranks: loss, top-1 and top-5 in percent; wall-clock seconds, images per second."""
+    """Means over one pass and all ranks: loss, top-1 and top-5 in percent; wall-clock seconds, images per second.
+
+    hits: of a test pass by one process, bool (images,): whether the answer to each was right; otherwise None.
+    """
 
     loss: float
     top1: float
     top5: float
     seconds: float
     images_per_s: float
+    hits: Tensor | None = None
 
 
 class RunningMeans:
@@ -71,14 +77,19 @@ class RunningMeans:
         return {"sums": sums, "seconds": time.perf_counter() - self.begin}
 
     @torch.no_grad()
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Adds a mini-batch or this rank's share of one: its mean loss, logits (B, classes), labels (B,)."""
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        """Adds a mini-batch or this rank's share of one: its mean loss, logits (B, classes), labels (B,).
+
+        Returns:
+            bool (B,): whether the answer to each image was right.
+        """
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = best == labels[:, None]
         loss = loss.detach().double()
         self.sums[:3] += torch.stack([loss * len(labels), hits[:, 0].sum().double(), hits.sum().double()])
         self.sums[3] += len(labels)
         self.first_bad = torch.where(~loss.isfinite() & (self.first_bad < 0), self.t, self.first_bad)
+        return hits[:, 0]
 
     def read(self) -> PassResult:
         """The means so far, over all ranks: every rank must read equally often."""
@@ -192,16 +203,29 @@ def evaluate(
     """
     was_training = net.training
     net.eval()
-    means = RunningMeans(device)
+    means, hits = RunningMeans(device), []
     with true_float32():
         for images, labels in loader:
             images, labels = to_device(images, labels, device, loader.dataset.normalise)
             if len(labels):
                 logits = net(images)
-                means.add(F.cross_entropy(logits, labels), logits, labels)
+                hits.append(means.add(F.cross_entropy(logits, labels), logits, labels))
             on_batch()
     net.train(was_training)
-    return means.read()
+    return replace(means.read(), hits=torch.cat(hits) if hits and world_size() == 1 else None)
+
+
+def pack_hits(hits: Tensor) -> str:
+    """bool (N,) as text for results.json: base64 of its bits."""
+    return base64.b64encode(np.packbits(hits.cpu().numpy())).decode()
+
+
+def unpack_hits(text: str, count: int) -> np.ndarray:
+    """What pack_hits was given, float64 (count,) of 0 and 1; ValueError where it is shorter."""
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(text, validate=True), np.uint8))
+    if not count <= len(bits) < count + 8:
+        raise ValueError(f"test_hits has {len(bits)} bits for {count} test images")
+    return bits[:count].astype(np.float64)
 
 
 def format_pass(name: str, result: PassResult) -> str:

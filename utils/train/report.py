@@ -144,6 +144,7 @@ def results_of(trainer) -> dict:
         "epochs_done": trainer.epochs_done,
         "epochs_run_here": len(rows),
         "last_epoch_accuracy": rows[-1]["test_acc"],
+        "test_hits": trainer.hits,
         "best_epoch_accuracy": best["test_acc"],
         "best_epoch": best["epoch"],
         "HTrate": trainer.args.HTrate,

@@ -26,6 +26,7 @@ def take(trainer) -> dict:
         **trainer.network_facts,
         "settings": vars(trainer.args),
         "history": trainer.history,
+        "test_hits": trainer.hits,
         "pieces": trainer.pieces,
         "arithmetics": trainer.arithmetics,
         "cost": trainer.cost,
@@ -64,6 +65,7 @@ def restore(trainer, checkpoint: dict, path: str, *, continues: bool) -> None:
         return
     trainer.history.extend(checkpoint["history"])
     trainer.best = checkpoint["best_prec1"]
+    trainer.hits = checkpoint.get("test_hits")
     trainer.pieces = checkpoint["pieces"] + 1
     trainer.arithmetics = list(dict.fromkeys([*checkpoint["arithmetics"], *trainer.arithmetics]))
     trainer.train_loader.load_state_dict(checkpoint["loader"])

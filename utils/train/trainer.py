@@ -38,7 +38,15 @@ from utils.train.distributed import (
     rank,
     world_size,
 )
-from utils.train.engine import PassResult, RunningMeans, evaluate, format_pass, gather_bad_images, train_step
+from utils.train.engine import (
+    PassResult,
+    RunningMeans,
+    evaluate,
+    format_pass,
+    gather_bad_images,
+    pack_hits,
+    train_step,
+)
 from utils.train.recipes import learning_rate_at
 from utils.train.resume import Start, resume_command
 from utils.train.run_folder import RunFolder
@@ -68,6 +76,7 @@ class Trainer:
         epochs_done: epochs behind the network, more than the history where it came from a file of another project.
         position: mini-batches behind it of the epoch under way; all of them while the network is tested.
         best: best test accuracy of this run so far, in %; -1 before the first epoch.
+        hits: which test images the network was right on after the latest epoch, as text; None where not known.
         adapters: what is trained beside the network in a distilled run.
         network_facts: what a checkpoint must hold besides `arch` for the network to be built again.
         pruning: gradual pruning; None for the other recipes.
@@ -100,6 +109,7 @@ class Trainer:
             self.network_facts["library"] = "torchvision"
         self.history: list[dict] = []
         self.epochs_done, self.position, self.best, self.pieces = 0, 0, -1.0, 1
+        self.hits: str | None = None
         self.means: RunningMeans | None = None
         self.saved_means: dict | None = None
         self.saved: tuple[str, int, int] | None = None
@@ -219,6 +229,9 @@ class Trainer:
         times = dict(images_per_s=trained.images_per_s, seconds=trained.seconds + tested.seconds)
         self.history.append(dict(epoch=epoch, lr=learning_rate_at(epoch, vars(self.args)), **losses, **times))
         self.epochs_done, self.position, self.means = epoch + 1, 0, None
+        # Images that cannot be read are missing in a pass, and the others out of place.
+        is_whole = tested.hits is not None and len(tested.hits) == len(self.images.test)
+        self.hits = pack_hits(tested.hits) if is_whole else None
         is_best = tested.top1 > self.best
         self.best = max(self.best, tested.top1)
         self._save(is_best=is_best)
