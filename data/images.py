@@ -5,6 +5,7 @@ hflip, ToTensor and Normalize for the same offsets and flips, and with the same 
 0..2*pad in each direction, flips with probability 1/2.
 """
 
+import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -17,7 +18,8 @@ from data.loader import seeded_generator
 
 
 class ImageSet(Dataset):
-    """What image data sets share. `__getitems__(indices)` gives uint8 (B, C, H, W), channels_last, and int64 (B,).
+    """What image data sets share. `__getitems__(indices)` gives uint8 (B, C, H, W), channels_last, and int64 (B,);
+    `labels` are all of the latter.
 
     Args:
         image_shape: (C, H, W).
@@ -39,6 +41,10 @@ class ImageSet(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose random numbers the next mini-batches get."""
         self._epoch.fill_(epoch)
+
+    def fingerprint(self) -> str:
+        """Which images these are, and in which order: a digest of all labels and the first image."""
+        return hashlib.sha256(self.labels.cpu().numpy().tobytes() + self[0][0].cpu().numpy().tobytes()).hexdigest()[:12]
 
     def normalise(self, images: Tensor) -> Tensor:
         """The network's input of a uint8 mini-batch on any device: float32, channels_last."""

@@ -66,10 +66,11 @@ def report(folder):
 
 
 def test_the_interval_of_a_mean_adds_seeds_and_test_set():
-    # By hand: variance over seeds 1/3 with 2 degrees of freedom, of the test set 91 * 9 / 10,000.
-    total = 1 / 3 + 0.0819
-    expected = stats.t.ppf(0.975, total**2 / ((1 / 3) ** 2 / 2)) * math.sqrt(total)
-    assert half_width([90.0, 91.0, 92.0], 10_000) == pytest.approx(expected)
+    # By hand: variance over seeds 0.01/3 with 2 degrees of freedom, of the test set 91 * 9 / 10,000.
+    seeds, total = 0.01 / 3, 0.01 / 3 + 0.0819
+    expected = stats.t.ppf(0.975, total**2 / (seeds**2 / 2)) * math.sqrt(total)
+    assert half_width([90.9, 91.0, 91.1], 10_000) == pytest.approx(expected)
+    assert half_width([90.0, 91.0, 92.0], 10_000) == pytest.approx(stats.t.ppf(0.975, 2) / math.sqrt(3))
     # Without scatter over seeds the test set is left, whose variance is known.
     assert half_width([90.0, 90.0], 10_000) == pytest.approx(1.959964 * 0.3, abs=1e-6)
     assert half_width([90.0], 10_000) is None
@@ -86,26 +87,38 @@ def test_the_interval_of_a_difference_is_welchs_and_of_equal_seeds_paired():
     assert half_width_of_difference(a, {1: 90.0}, many) is None
 
 
+def put_answers(put, right, flags, images="set"):
+    """Runs of the seeds 1, 2, ... with these answers, bool (10,000,) each."""
+    for seed, hits in enumerate(right, start=1):
+        changes = {"test_hits": pack_hits(hits, images)}
+        put(f"{len(flags)}{seed}", last=100 * hits.double().mean().item(), seed=seed, changes=changes, **flags)
+
+
 def test_answers_paired_by_image_tell_apart_what_the_bound_cannot(put, tmp_path):
     base = torch.arange(10_000) >= 1000
-    for seed in (1, 2):
-        # Right on 40 images more, and on the same ones otherwise.
-        better = base.clone()
-        better[(~base).nonzero()[10 * seed : 10 * seed + 40]] = True
-        for name, hits, flags in (("base", base, {}), ("better", better, {"no_regrow": True})):
-            last = 100 * hits.double().mean().item()
-            put(f"{name}{seed}", last=last, seed=seed, changes={"test_hits": pack_hits(hits)}, **flags)
+    better = [base.clone(), base.clone(), base.clone()]
+    for hits, (first, last) in zip(better, [(0, 37), (10, 50), (20, 63)], strict=True):
+        hits[first:last] = True  # 37, 40 and 43 images more, the same ones otherwise
+    put_answers(put, [base] * 3, {}), put_answers(put, better, {"no_regrow": True})
     (line,) = order(groups(tmp_path))
-    # By hand: 30 images differ in both seeds, 20 in one; no variance over seeds.
-    apart = np.array([1.0] * 30 + [0.5] * 20 + [0.0] * 9950)
-    assert f"is ahead of AHSG-HT 30 %: +0.40 ± {1.959964 * 100 * apart.std(ddof=1) / 100:.2f} (95 %)" in line
-    for run in tmp_path.glob("base*/results.json"):
-        run.write_text(json.dumps({**json.loads(run.read_text()), "test_hits": None}))
-    (line,) = order(groups(tmp_path))
-    assert "cannot be distinguished" in line and "+0.40 ± 0.82" in line  # 1.96 * sqrt(0.09 + 0.0868) %
+    by_image = 100 * torch.stack(better).double().mean(0).sub(base.double()).numpy()
+    seeds, test = 0.03**2 / 3, by_image.var(ddof=1) / 10_000  # the three differences are 0.37, 0.40 and 0.43
+    half = stats.t.ppf(0.975, (seeds + test) ** 2 / (seeds**2 / 2)) * math.sqrt(seeds + test)
+    assert f"is ahead of AHSG-HT 30 %: +0.40 ± {half:.2f} (95 %, paired by image)" in line
+    put_answers(lambda name, **rest: put(f"other/{name}", **rest), better, {"decay": 0.1}, images="other set")
+    (tmp_path / "03/results.json").unlink()  # the seeds are not the same any more
+    lines = order(groups(tmp_path))
+    assert len(lines) == 3 and sum("paired by image" in line for line in lines) == 1
 
 
-@pytest.mark.parametrize("text", ["AA==", "?", pack_hits(torch.zeros(10_000, dtype=torch.bool))])
+def test_the_test_set_never_makes_an_interval_narrower():
+    a, b = {1: 91.0, 2: 91.5, 3: 90.5}, {1: 90.0, 2: 90.1, 3: 90.2}
+    alone = stats.ttest_rel(list(a.values()), list(b.values())).confidence_interval(0.95)
+    by_image = np.repeat([0.3, 0.0, -0.3], 100)
+    assert half_width_of_difference(a, b, 300, by_image) >= (alone.high - alone.low) / 2 - 1e-9
+
+
+@pytest.mark.parametrize("text", ["x:AA==", "x:?", pack_hits(torch.zeros(10_000, dtype=torch.bool), "x")])
 def test_answers_that_do_not_fit_their_run_are_damage(put, tmp_path, text):
     put("a", last=90.0, changes={"test_hits": text})
     assert groups(tmp_path) == [] and "is damaged and passed over" in find_runs([tmp_path])[1][0]

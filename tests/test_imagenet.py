@@ -180,6 +180,8 @@ def test_bad_images_are_named_counted_and_left_out(train, damaged):
     log = (folder / "log_seed_1.txt").read_text()
     assert log.count(f"skipped, cannot be read: {cut}") == log.count(f"skipped, cannot be read: {no_image}") == 1
     assert log.count("**Skipped** 2 images") == 2 and results(folder)["images_skipped"] == 2
+    # The answers to the others would be those to other images.
+    assert results(folder)["test_hits"] is None
 
 
 def test_no_image_that_can_be_read_is_one_line(train, jpegs, tmp_path):

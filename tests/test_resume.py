@@ -70,6 +70,8 @@ def test_what_changed_is_named_and_what_is_finished_stays(train, tree, capsys):
     # Results that were lost in a crash are written again.
     assert results(part)["finished"] and (part / "curves.png").is_file() and (part / "metrics.csv").is_file()
     assert hits and results(part)["test_hits"] == hits
+    torch.save({name: value for name, value in load(part / NAME).items() if name != "test_hits"}, part / "old.pth.tar")
+    (part / "old.pth.tar").replace(part / NAME)
     bare(tree, "--epochs", 2, "--resume", part / NAME, "--HTrate", 0.5)
     assert "HTrate 0.7 -> 0.5" in next(part.glob("log_seed_*")).read_text()
     older = part / "previous.resnet8.pth.tar"

@@ -135,7 +135,10 @@ def test_a_pruned_run_leaves_everything_behind(train, tree, capsys):
     assert Path("out/curves.png").read_bytes().startswith(b"\x89PNG")
     small, images = models.load("out/small.resnet8.pth.tar"), data.load("cifar10", tree, seed=0).test
     right = small(images.normalise(images.images)).argmax(1) == images.labels
-    assert unpack_hits(found["test_hits"], len(right)).tolist() == right.tolist()
+    name, hits = unpack_hits(found["test_hits"], len(right))
+    assert hits.tolist() == right.tolist() and name == images.fingerprint()
+    images.labels = images.labels.flip(0)
+    assert name != images.fingerprint()
     saved = load("out/checkpoint.resnet8.pth.tar")
     assert {"epoch", "arch", "state_dict", "best_prec1", "optimizer"} <= set(saved)
     assert (saved["epoch"], saved["arch"]) == (2, "resnet8")

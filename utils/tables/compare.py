@@ -15,18 +15,20 @@ def published_beside(run: Run, rows: list[Published]) -> list[Published]:
     """Published rows of the same network that began as the run did, at random or trained, and removed as much.
 
     As much is an equal share of the filters where both have one share for all layers, otherwise multiply-adds cut
-    within NEAR points, by the papers' formula for the papers' recipes, by count for others. Unpruned runs without a
-    teacher stand beside unpruned rows without one.
+    within NEAR points: by the papers' formula, and for runs outside their recipes also by count, as some papers count
+    and most do not. Unpruned runs without a teacher stand beside unpruned rows without one.
     """
     costs = run.costs
-    share = costs.cut if run.is_gradual or costs.formula_cut is None else costs.formula_cut
+    shares = [costs.formula_cut] if costs.formula_cut is not None else [costs.cut]
+    shares += [costs.cut] if run.is_gradual else []
 
     def as_much(row: Published) -> bool:
         if run.pruned == 0:
             return row.pruned == 0 and (bool(run.teacher) or row.method == "baseline")
         if None not in (run.pruned, row.pruned):
             return abs(row.pruned - run.pruned) < 1e-6
-        return None not in (share, row.macs_cut) and row.macs_cut > 0 and abs(row.macs_cut - 100 * share) <= NEAR
+        near = (row.macs_cut and share is not None and abs(row.macs_cut - 100 * share) <= NEAR for share in shares)
+        return any(near)
 
     like = run.dataset, run.arch, run.init
     return [row for row in rows if (row.dataset, row.arch, row.init) == like and as_much(row) and not run.is_small]
@@ -35,7 +37,8 @@ def published_beside(run: Run, rows: list[Published]) -> list[Published]:
 def order(groups: list[SeedGroup]) -> list[str]:
     """Lines on which groups of equal length are ahead of which: differences with their 95 % intervals.
 
-    Groups of one seed have no place in it. Intervals are of single pairs, not widened for the number of pairs.
+    Groups of one seed have no place in it. Seeds are paired, and answers by test image where both groups know them.
+    Intervals are of single pairs, not widened for the number of pairs.
     """
     lines = []
     for title in dict.fromkeys(group.title for group in groups):
@@ -44,10 +47,11 @@ def order(groups: list[SeedGroup]) -> list[str]:
         if len(members) > 1 and len(several) < len(members):
             lines.append(f"{title}: {len(members) - len(several)} of {len(members)} rows have one seed, so no order")
         for a, b in combinations(several, 2):
-            apart = None if a.hits is None or b.hits is None else a.hits - b.hits
-            half, difference = half_width_of_difference(a.last, b.last, a.first.images[1], apart), a.mean - b.mean
+            by_image = a.hits - b.hits if a.test_set and a.test_set == b.test_set else None
+            half, difference = half_width_of_difference(a.last, b.last, a.first.images[1], by_image), a.mean - b.mean
+            paired = "95 %" if by_image is None else "95 %, paired by image"
             verdict = "is ahead of" if difference > half else "cannot be distinguished from"
-            lines.append(f"{title}: {a.first.name} {verdict} {b.first.name}: {difference:+.2f} ± {half:.2f} (95 %)")
+            lines.append(f"{title}: {a.first.name} {verdict} {b.first.name}: {difference:+.2f} ± {half:.2f} ({paired})")
     return lines
 
 

@@ -21,9 +21,10 @@ Top-1 accuracy in % on the test images. Own figures: last epoch, mean over seeds
 over seeds plus that of the finite test set); without ± there is one seed and no interval. In brackets the best
 epoch on the test set, which this line of papers prints. Published: rows of the same network that began as the run
 did and removed the same share of filters or, where that differs from layer to layer, cut multiply-adds within 8
-points; behind each stands own last epoch less published; † needs care, see `published.csv`. Multiply-adds of
-convolutions and linear layers for one image: counted in the network that is left, and by soft filter pruning's
-formula. Minutes are the whole run's.
+points, by count or by the formula that most papers use; behind each stands own last epoch less published; † needs
+care, see `published.csv`. Multiply-adds of convolutions and linear layers for one image: counted in the network that
+is left, and by soft filter pruning's formula. Minutes are the whole run's. `test_hits` in results.json says which test
+images the network was right on (runs of one process).
 """
 README = ("network", "method", "epochs", "started from", "top-1 %: last (best) epoch", "multiply-adds", "published")
 SHORT = ("method", "epochs", "started from", "teacher", "top-1 %: last (best) epoch", "multiply-adds")

@@ -21,7 +21,7 @@ def draw_accuracy(groups: list[SeedGroup], published: list[Published], path: Pat
     with_full = {(group.first.dataset, group.first.arch) for group in groups if group.is_comparable}
     for group in sorted(groups, key=lambda group: -group.mean):
         run, costs = group.first, group.first.costs
-        if costs.left is None or (not group.is_comparable and (run.dataset, run.arch) in with_full):
+        if costs.left is None or (run.remark and (run.dataset, run.arch) in with_full):
             continue
         title = f"{run.arch} on {run.dataset}" + (f", {run.data_remark}" if run.data_remark else "")
         if not group.is_comparable:

@@ -49,9 +49,11 @@ class Run:
         self.epochs, self.seed = results["epochs_run_here"], results["seed"]
         self.accuracy = results["last_epoch_accuracy"]
         self.images = results["train_images"], results["test_images"]
-        self.hits = unpack_hits(results["test_hits"], self.images[1]) if results.get("test_hits") else None
-        if self.hits is not None and abs(self.hits.mean() - self.accuracy / 100) * self.images[1] > 0.5:
-            raise ValueError(f"test_hits has {100 * self.hits.mean():.2f} %, the last epoch {self.accuracy:.2f}")
+        self.test_set, self.hits = None, None
+        if results.get("test_hits"):
+            self.test_set, self.hits = unpack_hits(results["test_hits"], self.images[1])
+            if abs(self.hits.mean() - self.accuracy / 100) * self.images[1] > 0.5:
+                raise ValueError(f"test_hits has {100 * self.hits.mean():.2f} %, the last epoch {self.accuracy:.2f}")
         self.arithmetic = results.get("arithmetic", "float32")
         teacher = results["teacher"] if settings.get("teacher") else {}
         self.teacher = f"{teacher['arch']} of {teacher['accuracy']:.2f} %" if teacher else ""
@@ -132,7 +134,8 @@ class SeedGroup:
     Attributes:
         runs: ascending by seed; first: its first run, which stands for what they share.
         last, mean, half_width: {seed: last epoch's accuracy in %}, their mean, half its 95 % interval (None: one seed).
-        hits: of every test image, the share of the runs that were right on it; None where not all runs know.
+        test_set, hits: the test images' fingerprint, and the share of the runs that were right on each; None where
+            not all runs know.
         title: what groups share whose accuracies may be compared with each other.
         is_comparable: may stand beside published rows.
     """
@@ -142,8 +145,9 @@ class SeedGroup:
         run = self.first = self.runs[0]
         self.last = {run.seed: run.accuracy for run in self.runs}
         self.mean = sum(self.last.values()) / len(self.runs)
-        hits = [run.hits for run in self.runs]
-        self.hits = None if any(one is None for one in hits) else sum(hits) / len(hits)
+        same = len({run.test_set for run in self.runs}) == 1
+        self.test_set = run.test_set if same else None
+        self.hits = sum(r.hits for r in self.runs) / len(self.runs) if self.test_set else None
         self.half_width = half_width(list(self.last.values()), run.images[1])
         remark = f", {run.data_remark}" if run.data_remark else ""
         self.title = f"{run.arch} on {run.dataset}, {run.epochs} epochs from {run.started_from}{remark}"

@@ -9,7 +9,7 @@ import base64
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class PassResult:
     top5: float
     seconds: float
     images_per_s: float
-    hits: Tensor | None = None
+    hits: Tensor | None = field(default=None, compare=False)
 
 
 class RunningMeans:
@@ -215,17 +215,18 @@ def evaluate(
     return replace(means.read(), hits=torch.cat(hits) if hits and world_size() == 1 else None)
 
 
-def pack_hits(hits: Tensor) -> str:
-    """bool (N,) as text for results.json: base64 of its bits."""
-    return base64.b64encode(np.packbits(hits.cpu().numpy())).decode()
+def pack_hits(hits: Tensor, images: str) -> str:
+    """bool (N,) as text for results.json, `images` (their fingerprint) and base64 of the bits."""
+    return f"{images}:{base64.b64encode(np.packbits(hits.cpu().numpy())).decode()}"
 
 
-def unpack_hits(text: str, count: int) -> np.ndarray:
-    """What pack_hits was given, float64 (count,) of 0 and 1; ValueError where it is shorter."""
-    bits = np.unpackbits(np.frombuffer(base64.b64decode(text, validate=True), np.uint8))
+def unpack_hits(text: str, count: int) -> tuple[str, np.ndarray]:
+    """(fingerprint, float64 (count,) of 0 and 1) of a text of pack_hits; ValueError where it does not fit `count`."""
+    images, _, bits = text.partition(":")
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(bits, validate=True), np.uint8))
     if not count <= len(bits) < count + 8:
         raise ValueError(f"test_hits has {len(bits)} bits for {count} test images")
-    return bits[:count].astype(np.float64)
+    return images, bits[:count].astype(np.float64)
 
 
 def format_pass(name: str, result: PassResult) -> str:
