@@ -99,8 +99,8 @@ def readme_block(groups: list[SeedGroup]) -> str:
         beside = published_beside(group.first, read_published())[:README_PUBLISHED]
         if beside and not row["published"]:
             row["published"] = f"full length (not run): {'<br>'.join(map(str, beside))}"
-    more = "One-shot: removed before the first step; KD: with a teacher. All rows, commands, logs, sources (†: needs care),"
-    more += "\nand what they do not show: [results/README.md](results/README.md)."
+    more = "One-shot: removed before the first step; KD: with a teacher. All rows, commands, logs, sources (†: needs"
+    more += "\ncare), and what they do not show: [results/README.md](results/README.md)."
     return "\n\n".join([BEGIN, *([] if full else [NONE_YET]), table(README, rows), more, END])
 
 
