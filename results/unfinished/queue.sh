@@ -19,11 +19,9 @@ run() {
 }
 export -f run
 
-# NAME FLAGS. The teacher of seed 1 is computed once for all runs (--teacher_cache), and again for kd-mse10, which needs
-# features too, unless the file has them.
+# NAME FLAGS. The teacher's outputs for a seed are computed once for all runs (--teacher_cache).
 sed "s|TRAINED|--recipe prune_gradual --resume $R20|; s|TAUGHT|--teacher $R56 --teacher_cache runs/teacher.db|
     s|PUBLIC56|$R56|" <<'QUEUE' |
-kd-mse10 TRAINED --macs_cut 0.52 --round_to 8 --epochs 10 TAUGHT --kd feature:MSE:10 --ce_weight 1 --shrink off
 scratch-gradual-30 --recipe prune_gradual --macs_cut 0.52 --round_to 8 --tf32 --epochs 30
 30-late-seed1 TRAINED --macs_cut 0.52 --round_to 8 --tf32 --epochs 30 --prune_begin 0.05 --prune_end 0.5
 30-late-seed2 TRAINED --macs_cut 0.52 --round_to 8 --tf32 --epochs 30 --prune_begin 0.05 --prune_end 0.5 --manualSeed 2
