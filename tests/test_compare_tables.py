@@ -16,8 +16,8 @@ from utils.tables.markdown import BEGIN, END, NONE_YET, main, make_report, readm
 from utils.tables.published import PUBLISHED, read_published
 from utils.tables.runs import ROOT, describe_source, find_runs
 from utils.tables.statistics import half_width, half_width_of_difference
-from utils.train.engine import pack_hits
 from utils.train.options import recipe_settings
+from utils.train.report import pack_hits
 
 SHORT = dict(epochs=10, schedule=[1, 3, 6, 8])
 

@@ -20,8 +20,9 @@ import data
 import models
 from utils.base.errors import UserError, run_main
 from utils.train import setup
-from utils.train.engine import evaluate, unpack_hits
+from utils.train.engine import evaluate
 from utils.train.recipes import fit_schedule, learning_rate_at
+from utils.train.report import unpack_hits
 
 NAME = "checkpoint.resnet8.pth.tar"
 

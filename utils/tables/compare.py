@@ -49,9 +49,9 @@ def order(groups: list[SeedGroup]) -> list[str]:
         for a, b in combinations(several, 2):
             by_image = a.hits - b.hits if a.test_set and a.test_set == b.test_set else None
             half, difference = half_width_of_difference(a.last, b.last, a.first.images[1], by_image), a.mean - b.mean
-            paired = "95 %" if by_image is None else "95 %, paired by image"
+            how = "95 %" if by_image is None else "95 %, paired by image"
             verdict = "is ahead of" if difference > half else "cannot be distinguished from"
-            lines.append(f"{title}: {a.first.name} {verdict} {b.first.name}: {difference:+.2f} ± {half:.2f} ({paired})")
+            lines.append(f"{title}: {a.first.name} {verdict} {b.first.name}: {difference:+.2f} ± {half:.2f} ({how})")
     return lines
 
 

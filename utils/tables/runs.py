@@ -10,9 +10,9 @@ from pathlib import Path
 from utils.base.errors import UserError
 from utils.tables.costs import run_costs
 from utils.tables.statistics import half_width
-from utils.train.engine import unpack_hits
 from utils.train.options import ALL, identity, phrase, recipe_settings
 from utils.train.recipes import fit_schedule, recipes_of
+from utils.train.report import unpack_hits
 
 ROOT = Path(__file__).resolve().parents[2]
 # Training and test images that the published figures stand on.

@@ -5,13 +5,11 @@ An objective is called with (net, images, labels) and returns (loss, logits): cr
 utils.train.distillation.
 """
 
-import base64
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -213,20 +211,6 @@ def evaluate(
             on_batch()
     net.train(was_training)
     return replace(means.read(), hits=torch.cat(hits) if hits and world_size() == 1 else None)
-
-
-def pack_hits(hits: Tensor, images: str) -> str:
-    """bool (N,) as text for results.json, `images` (their fingerprint) and base64 of the bits."""
-    return f"{images}:{base64.b64encode(np.packbits(hits.cpu().numpy())).decode()}"
-
-
-def unpack_hits(text: str, count: int) -> tuple[str, np.ndarray]:
-    """(fingerprint, float64 (count,) of 0 and 1) of a text of pack_hits; ValueError where it does not fit `count`."""
-    images, _, bits = text.partition(":")
-    bits = np.unpackbits(np.frombuffer(base64.b64decode(bits, validate=True), np.uint8))
-    if not count <= len(bits) < count + 8:
-        raise ValueError(f"test_hits has {len(bits)} bits for {count} test images")
-    return images, bits[:count].astype(np.float64)
 
 
 def format_pass(name: str, result: PassResult) -> str:

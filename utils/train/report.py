@@ -1,5 +1,6 @@
 """What a run reports: its settings in the log, results.json, curves.png and the small network."""
 
+import base64
 import copy
 import io
 import shlex
@@ -7,7 +8,9 @@ import time
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 import data
 from utils.base.errors import UserError
@@ -159,6 +162,20 @@ def results_of(trainer) -> dict:
         "machine": describe_machine(trainer.device),
         "versions": describe_versions(),
     }
+
+
+def pack_hits(hits: Tensor, images: str) -> str:
+    """bool (N,) as text for results.json, `images` (their fingerprint) and base64 of the bits."""
+    return f"{images}:{base64.b64encode(np.packbits(hits.cpu().numpy())).decode()}"
+
+
+def unpack_hits(text: str, count: int) -> tuple[str, np.ndarray]:
+    """(fingerprint, float64 (count,) of 0 and 1) of a text of pack_hits; ValueError where it does not fit `count`."""
+    images, _, bits = text.partition(":")
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(bits, validate=True), np.uint8))
+    if not count <= len(bits) < count + 8:
+        raise ValueError(f"test_hits has {len(bits)} bits for {count} test images")
+    return images, bits[:count].astype(np.float64)
 
 
 def write_small_network(trainer) -> dict:

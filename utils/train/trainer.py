@@ -38,15 +38,7 @@ from utils.train.distributed import (
     rank,
     world_size,
 )
-from utils.train.engine import (
-    PassResult,
-    RunningMeans,
-    evaluate,
-    format_pass,
-    gather_bad_images,
-    pack_hits,
-    train_step,
-)
+from utils.train.engine import PassResult, RunningMeans, evaluate, format_pass, gather_bad_images, train_step
 from utils.train.recipes import learning_rate_at
 from utils.train.resume import Start, resume_command
 from utils.train.run_folder import RunFolder
@@ -231,7 +223,7 @@ class Trainer:
         self.epochs_done, self.position, self.means = epoch + 1, 0, None
         # Images that cannot be read are missing in a pass, and the others out of place.
         is_whole = tested.hits is not None and len(tested.hits) == len(self.images.test)
-        self.hits = pack_hits(tested.hits, self.images.test.fingerprint()) if is_whole else None
+        self.hits = report.pack_hits(tested.hits, self.images.test.fingerprint()) if is_whole else None
         is_best = tested.top1 > self.best
         self.best = max(self.best, tested.top1)
         self._save(is_best=is_best)
