@@ -115,6 +115,12 @@ def test_auto_continues_the_same_run_and_no_other(train):
     assert load(second / NAME)["epoch"] == 1 and train("--epochs", 1).name == f"{first.name}-3"
     with pytest.raises(UserError, match=rf"'{second}' holds another run.*head_width None -> 20"):
         train("--epochs", 1, "--save_path", second, "--resume", "auto", "--head_width", 20)
+    # A recipe's loss without a teacher changes nothing, so an older run, made with another one, is continued.
+    saved = checkpoints.read(second / NAME)
+    saved["settings"] |= {"kd": ["logits:L1:2"], "ce_weight": 0.25}
+    checkpoints.write(saved, second / NAME)
+    again = ("--epochs", 1, "--save_path", second, "--resume", "auto", "--schedule", 2, "--gammas", 10)
+    assert train(*again) == second
     # Of a run that was killed before its first checkpoint only the log is left.
     for file in second.iterdir():
         file.unlink() if not file.name.startswith("log_") else None

@@ -22,7 +22,7 @@ import models
 from utils.base import checkpoint as checkpoints
 from utils.base.arguments import path_name
 from utils.base.errors import UserError
-from utils.train.options import ALL, alternatives
+from utils.train.options import ALL, CONCERNED, alternatives
 from utils.train.recipes import START_TRAINED
 from utils.train.run_folder import RUNS, check_free, check_writable, new_run_path
 
@@ -164,11 +164,13 @@ def _check_position(args: argparse.Namespace, checkpoint: dict) -> None:
 
 
 def changed_settings(args: argparse.Namespace, checkpoint: dict) -> list[str]:
-    """Settings of one run that differ from those a checkpoint was written with, "learning_rate 0.01 -> 0.1"."""
+    """Settings of one run that differ from those a checkpoint was written with, "learning_rate 0.01 -> 0.1"; those that
+    have no effect in either, as a loss without a teacher, are left out."""
     saved = checkpoint["settings"]
     # Cosine and gradual pruning are schedules over the whole run.
     names = [*SAME_RUN, "epochs"] if "cosine" in (args.lr_schedule, saved.get("lr_schedule")) else SAME_RUN
     now = vars(args)
+    names = [n for n in names if any(CONCERNED[ALL[n].only](s) for s in (now, {**now, **saved}))]
     return [f"{n} {saved[n]} -> {now[n]}" for n in names if n in saved and not _equal(n, saved[n], now[n])]
 
 
