@@ -24,9 +24,10 @@ sed "s|TRAINED|--recipe prune_gradual --resume $R20|; s|TAUGHT|--teacher $R56 --
     s|PUBLIC56|$R56|" <<'QUEUE' |
 scratch-gradual-30 --recipe prune_gradual --macs_cut 0.52 --round_to 8 --tf32 --epochs 30
 30-late-seed1 TRAINED --macs_cut 0.52 --round_to 8 --tf32 --epochs 30 --prune_begin 0.05 --prune_end 0.5
+gradual-taylor TRAINED --macs_cut 0.52 --epochs 10 --prune_begin 0.05 --prune_end 0.5 --prune_score taylor
+gradual-gamma TRAINED --macs_cut 0.52 --epochs 10 --prune_begin 0.05 --prune_end 0.5 --prune_score gamma
 30-late-seed2 TRAINED --macs_cut 0.52 --round_to 8 --tf32 --epochs 30 --prune_begin 0.05 --prune_end 0.5 --manualSeed 2
 30-late-seed3 TRAINED --macs_cut 0.52 --round_to 8 --tf32 --epochs 30 --prune_begin 0.05 --prune_end 0.5 --manualSeed 3
-kd-kl09-lr02 TRAINED --macs_cut 0.52 --round_to 8 --epochs 10 TAUGHT --kd logits:KL:0.9 --ce_weight 0.1 --learning_rate 0.02
 C --recipe prune_gradual --macs_cut 0.5 --round_to 8 --epochs 200
 D --arch resnet56 --recipe prune_gradual --resume PUBLIC56 --macs_cut 0.53 --round_to 8 --epochs 40 TAUGHT
 B-seed2 TRAINED --macs_cut 0.5 --epochs 60 --manualSeed 2 TAUGHT
