@@ -106,7 +106,7 @@ def draw_curves(history: list[dict], title: str, path: Path) -> None:
             marker = "o" if len(epochs) <= 30 else None
             panel.plot(epochs, values, marker=marker, markersize=3, label=f"{split}, last {values[-1]:.2f}")
         panel.set(xlabel="epoch", ylabel=label)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.grid(alpha=0.3)
         panel.legend()
     figure.suptitle(title)
