@@ -2,12 +2,15 @@
 
 import json
 import math
+import shlex
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+import cifar10_resnet_test
+import imagenet_resnet_test
 import models
 from utils.base.errors import UserError
 from utils.tables.compare import comparison_line, order, published_beside
@@ -16,7 +19,8 @@ from utils.tables.markdown import BEGIN, END, NONE_YET, main, make_report, readm
 from utils.tables.published import PUBLISHED, read_published
 from utils.tables.runs import ROOT, describe_source, find_runs
 from utils.tables.statistics import half_width, half_width_of_difference
-from utils.train.options import recipe_settings
+from utils.train.command_line import parse, resolve
+from utils.train.options import identity, recipe_settings
 from utils.train.report import pack_hits
 
 SHORT = dict(epochs=10, schedule=[1, 3, 6, 8])
@@ -42,7 +46,7 @@ def put(tmp_path):
             **dict(finished=True, recipe=recipe, dataset="cifar10", synthetic_data=False, arch="resnet20", seed=seed),
             **dict(epochs_done=own["epochs"], epochs_run_here=own["epochs"], train_images=50_000, test_images=10_000),
             **dict(last_epoch_accuracy=last, best_epoch_accuracy=last + 0.5, prune_rate=round(1 - own["HTrate"], 12)),
-            **dict(settings=own, command=f"python train.py --name {name}", network=whole, seconds=600.0),
+            **dict(settings=own, command=f"python cifar10_resnet_test.py --name {name}", network=whole, seconds=600.0),
             **dict(small={"before": whole, "after": small} if own["HTrate"] < 1 else {}, filters=RESNET20),
             **(changes or {}),
         }
@@ -167,6 +171,17 @@ def test_a_run_stands_beside_rows_that_began_alike_and_removed_as_much(put, tmp_
     assert {(row.method, row.acc) for row in published_beside(group.first, read_published())} == expected
 
 
+def test_a_tied_network_stands_beside_as_many_filters_and_as_many_multiply_adds(put, tmp_path):
+    """Widths 11/22/45 are 43.1 % by the formula, 51.8 % by count; WHC's rows are 42.2 and 54 % by the formula."""
+    kept = [{**layer, "kept": {16: 11, 32: 22, 64: 45}[layer["shape"][0]]} for layer in layers(20, 1)]
+    whole, small = {"multiply_adds": 40_551_040}, {"multiply_adds": 19_533_994}
+    changes = dict(filters=kept, small={"before": whole, "after": small})
+    put("tied", "prune_gradual", epochs=60, changes=changes, prune_begin=0, prune_end=0, **OF_TRAINED)
+    text = report(tmp_path)
+    assert "WHC 91.62 ± 0.14 (from 92.20, -42.2 %): **-1.62** at as many filters<br>" in text
+    assert "WHC 90.72 (from 92.20, -54 %): **-0.72** at as many multiply-adds |" in text
+
+
 def test_a_full_row_says_everything(put, tmp_path):
     folder = put("pruned", last=91.0, changes={"pieces": 3})
     timings = [dict(device="cpu", batch_size=b, speed_up=s) for b, s in ((128, 1.25), (1, 9.0))]
@@ -263,6 +278,21 @@ def test_committed_runs_are_readable():
     assert runs["prune"].speed_up == "1.58 (batch 128, cpu)" and runs["prune_distill"].teacher == "resnet20 of 91.71 %"
 
 
+def test_the_printed_commands_give_the_settings_of_the_committed_runs():
+    """However a run was continued: from the command itself, trained starts and other defaults of its day included."""
+    more = ("epochs", "manualSeed", "teacher", "widths_of", "compile", "tf32", "arch", "arch_small", "dataset")
+    runs = [run for group in groups(ROOT / "results") for run in group.runs]
+    for run in runs:
+        script = imagenet_resnet_test if run.dataset == "imagenet" else cifar10_resnet_test
+        given = parse(script.parser(), shlex.split(run.command())[2:])
+        family = "imagenet" if run.dataset == "imagenet" else "cifar"
+        settings = vars(resolve(given, {}, family=family, arch=script.ARCH))
+        assert identity(settings) == identity(run.settings), run.folder
+        assert {n: settings.get(n) for n in more} == {n: run.settings.get(n) for n in more}, run.folder
+        assert given.get("resume") == run.settings.get("started_from")
+    assert len(runs) > 50
+
+
 @pytest.mark.parametrize(
     ("depth", "cuts"), [(20, (42.2, 54)), (32, (41.5, 53.2)), (56, (41.1, 52.6)), (110, (40.8, 52.3))]
 )
@@ -288,7 +318,7 @@ def test_the_line_after_training(put, changes, expected):
 
 
 def test_update_writes_report_picture_and_the_readmes_block(put, tmp_path):
-    put("results/full", last=91.0, changes={"command": "python a | b"})
+    put("results/full", last=91.0, no_regrow=True)
     put("results/short", last=70.0, **SHORT)
     (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     (tmp_path / "results/notes.md").write_text("## By hand\n\nStays | as it is.\n")
@@ -296,7 +326,9 @@ def test_update_writes_report_picture_and_the_readmes_block(put, tmp_path):
     text, readme = (tmp_path / "results/README.md").read_text(), (tmp_path / "README.md").read_text()
     first, rest = text.split("## By hand\n\nStays | as it is.\n")
     assert "91.00 (91.50)" in first and "(full/log_seed_1.txt)" in first and "70.00 (70.50)" in rest
-    assert "![accuracy against multiply-adds](accuracy.png)" in rest and "`python a | b`" in rest
+    assert "![accuracy against multiply-adds](accuracy.png)" in first
+    assert "- full: `python cifar10_resnet_test.py DATA --recipe prune --no_regrow`\n" in rest
+    assert "- short: `python cifar10_resnet_test.py DATA --recipe prune --schedule 1 3 6 8 --epochs 10`" in rest
     assert readme.startswith(f"before\n{BEGIN}\n") and readme.endswith(f"{END}\nafter\n") and "old" not in readme
     assert "91.00 (91.50)" in readme and "70.00" not in readme
     assert (tmp_path / "results/accuracy.png").read_bytes().startswith(b"\x89PNG")

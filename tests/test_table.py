@@ -13,8 +13,8 @@ from utils.base.errors import UserError
 from utils.base.signals import Stopped, stop
 from utils.tables import recipe, side_by_side
 from utils.tables.grid import plan_rows, table_parser
-from utils.tables.side_by_side import command_words
 from utils.train.command_line import parse
+from utils.train.options import command_words
 
 # Behaves as the training script does towards the table, in a few milliseconds: FAIL and SLEEP name parts of folders.
 FAKE = """

@@ -11,27 +11,37 @@ from utils.tables.statistics import half_width_of_difference
 NEAR = 8.0
 
 
-def published_beside(run: Run, rows: list[Published]) -> list[Published]:
+def published_beside(run: Run, rows: list[Published]) -> dict[Published, str]:
     """Published rows of the same network that began as the run did, at random or trained, and removed as much.
 
     As much is an equal share of the filters where both have one share for all layers, otherwise multiply-adds cut
-    within NEAR points: by the papers' formula, and for runs outside their recipes also by count, as some papers count
-    and most do not. Unpruned runs without a teacher stand beside unpruned rows without one.
-    """
-    costs = run.costs
-    shares = [costs.formula_cut] if costs.formula_cut is not None else [costs.cut]
-    shares += [costs.cut] if run.is_gradual else []
+    within NEAR points. What a tied network saves by count is more than the papers' formula, which leaves streams whole,
+    says of the same filters; so runs of prune_gradual stand beside rows that are near by either. Unpruned runs without
+    a teacher stand beside unpruned rows without one.
 
-    def as_much(row: Published) -> bool:
+    Returns:
+        {row: "as many filters" (by the formula) or "as many multiply-adds" (by count); "" where it is near by both or
+        the run has but one figure}.
+    """
+    formula, counted = (None if cut is None else 100 * cut for cut in (run.costs.formula_cut, run.costs.cut))
+    if not run.is_gradual or formula is None:
+        formula = counted = formula if formula is not None else counted
+
+    def as_much(row: Published) -> str | None:
         if run.pruned == 0:
-            return row.pruned == 0 and (bool(run.teacher) or row.method == "baseline")
+            return "" if row.pruned == 0 and (run.teacher or row.method == "baseline") else None
         if None not in (run.pruned, row.pruned):
-            return abs(row.pruned - run.pruned) < 1e-6
-        near = (row.macs_cut and share is not None and abs(row.macs_cut - 100 * share) <= NEAR for share in shares)
-        return any(near)
+            return "" if abs(row.pruned - run.pruned) < 1e-6 else None
+        by_formula, by_count = (
+            bool(row.macs_cut) and cut is not None and abs(row.macs_cut - cut) <= NEAR for cut in (formula, counted)
+        )
+        if by_formula and by_count:
+            return ""
+        return "as many filters" if by_formula else "as many multiply-adds" if by_count else None
 
     like = run.dataset, run.arch, run.init
-    return [row for row in rows if (row.dataset, row.arch, row.init) == like and as_much(row) and not run.is_small]
+    rows = [row for row in rows if (row.dataset, row.arch, row.init) == like and not run.is_small]
+    return {row: how for row in rows if (how := as_much(row)) is not None}
 
 
 def order(groups: list[SeedGroup]) -> list[str]:
@@ -71,7 +81,9 @@ def comparison_line(results: dict) -> str:
     rows = published_beside(run, read_published())
     if not rows:
         return f"comparison with the papers: none, no published row like {what}"
-    published = "; ".join(f"{row}{f' ({row.doubt})' if row.doubt else ''}" for row in rows)
+    published = "; ".join(
+        f"{row}{f' ({row.doubt})' if row.doubt else ''}{how and f' at {how}'}" for row, how in rows.items()
+    )
     remark = f", NOT COMPARABLE: {run.remark}" if run.remark else ""
     own = f"this run {run.accuracy:.2f} (last epoch){remark}"
     return f"comparison with the papers, {what}: {own}; published, top-1 %: {published}"

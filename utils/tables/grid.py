@@ -19,9 +19,9 @@ from utils.base.arguments import COUNT, SEED, OneLineParser, number
 from utils.base.errors import UserError
 from utils.tables.markdown import make_report
 from utils.tables.runs import find_runs
-from utils.tables.side_by_side import Row, command_words, run_rows
+from utils.tables.side_by_side import Row, run_rows
 from utils.train.command_line import make_parser, parse
-from utils.train.options import ALL, OPTIONS, alternatives, recipe_settings
+from utils.train.options import ALL, OPTIONS, alternatives, command_words, recipe_settings
 from utils.train.recipes import fit_schedule
 from utils.train.run_folder import RUNS
 

@@ -21,10 +21,13 @@ Top-1 accuracy in % on the test images. Own figures: last epoch, mean over seeds
 over seeds plus that of the finite test set); without ± there is one seed and no interval. In brackets the best
 epoch on the test set, which this line of papers prints. Published: rows of the same network that began as the run
 did and removed the same share of filters or, where that differs from layer to layer, cut multiply-adds within 8
-points, by count or by the formula that most papers use; behind each stands own last epoch less published; † needs
-care, see `published.csv`. Multiply-adds of convolutions and linear layers for one image: counted in the network that
-is left, and by soft filter pruning's formula. Minutes are the whole run's. `test_hits` in results.json says which test
-images the network was right on (runs of one process).
+points, as the source counts; a tied network saves more by count ("as many multiply-adds") than by the formula that
+most of these papers use, which leaves the residual stream whole ("as many filters"). Behind each stands own last epoch
+less published, its ± is the source's standard deviation over runs, and † needs care; sources, and the accuracy that
+they started from: `published.csv`. Full length is 200 epochs from random weights here, 40 from a trained network; the
+epochs of published rows are not recorded. Multiply-adds of convolutions and linear layers for one image: counted in the
+network that is left, and by soft filter pruning's formula. Minutes are the whole run's. Speed-ups were read on a
+shared machine. The last line of a log is the comparison of its day; this table is today's.
 """
 README = ("network", "method", "epochs", "started from", "top-1 %: last (best) epoch", "multiply-adds", "published")
 SHORT = ("method", "epochs", "started from", "teacher", "top-1 %: last (best) epoch", "multiply-adds")
@@ -35,7 +38,7 @@ MAIN = ("network", *SHORT[:6], "papers' formula", "published", *SHORT[6:])
 def row_cells(group: SeedGroup, base: Path) -> dict[str, str]:
     """{column: cell} of a group of runs, for the columns of every table; links are relative to the folder `base`."""
     run, costs = group.first, group.first.costs
-    beside = [] if run.remark else published_beside(run, read_published())
+    beside = {} if run.remark else published_beside(run, read_published())
     logs = {r.seed: r.folder / f"log_seed_{r.seed}.txt" for r in group.runs}
     links = {seed: Path(os.path.relpath(log, base)).as_posix() for seed, log in logs.items() if log.is_file()}
     times: dict[str, list[str]] = {}
@@ -51,7 +54,9 @@ def row_cells(group: SeedGroup, base: Path) -> dict[str, str]:
         "top-1 %: last (best) epoch": group.accuracy(),
         "multiply-adds": counted + (f" (-{100 * costs.cut:.1f} %)" if costs.cut else ""),
         "papers' formula": f"-{100 * costs.formula_cut:.1f} %" if costs.formula_cut else "",
-        "published": "<br>".join(f"{row}: **{group.mean - row.acc:+.2f}**" for row in beside),
+        "published": "<br>".join(
+            f"{row}: **{group.mean - row.acc:+.2f}**{how and f' at {how}'}" for row, how in beside.items()
+        ),
         "minutes, machine": "<br>".join(f"{' + '.join(own)}, {where}" for where, own in times.items()),
         "small network's speed-up": "<br>".join(r.speed_up for r in group.runs if r.speed_up),
         "log": " ".join(f"[seed {seed}]({link})" for seed, link in links.items()),
@@ -76,15 +81,16 @@ def make_report(groups: list[SeedGroup], notes: list[str], *, base: Path, by_han
     """
     full = [group for group in groups if group.is_comparable]
     parts = ["# Results", "Written by `python -m utils.compare_tables --update`." if picture else ""]
-    parts += [table(MAIN, [row_cells(group, base) for group in full]) if full else NONE_YET, LEGEND, by_hand]
+    parts += [table(MAIN, [row_cells(group, base) for group in full]) if full else NONE_YET, LEGEND]
+    parts += [f"![accuracy against multiply-adds]({picture})" if picture else "", by_hand]
     others = [group for group in groups if group not in full]
     parts += ["## Shorter runs and controls", "To be compared with each other at equal epochs only."] if others else []
     for title, section in groupby(others, lambda group: f"{group.first.arch} on {group.first.dataset}"):
         parts += [f"### {title}", table(SHORT, [row_cells(group, base) for group in section])]
-    commands = [f"`{run.results['command']}`" for group in groups for run in group.runs if "command" in run.results]
+    runs = [(os.path.relpath(run.folder, base), run.command()) for group in groups for run in group.runs]
+    commands = [f"{Path(folder).as_posix()}: `{command}`" for folder, command in runs]
     for title, lines in (("Order", order(groups)), ("Commands", commands), ("Not in the tables", notes)):
         parts += [f"## {title}", "\n".join(f"- {line}" for line in lines)] if lines else []
-    parts += ["## Accuracy against multiply-adds", f"![accuracy against multiply-adds]({picture})"] if picture else []
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
@@ -96,11 +102,11 @@ def readme_block(groups: list[SeedGroup]) -> str:
     chosen = (full or [group for group in groups if group.first.is_usual and not group.first.data_remark])[:README_ROWS]
     rows = [row_cells(group, ROOT) for group in chosen]
     for group, row in zip(chosen, rows, strict=True):
-        beside = published_beside(group.first, read_published())[:README_PUBLISHED]
+        beside = list(published_beside(group.first, read_published()))[:README_PUBLISHED]
         if beside and not row["published"]:
             row["published"] = f"full length (not run): {'<br>'.join(map(str, beside))}"
-    more = "One-shot: removed before the first step; KD: with a teacher. All rows, commands, logs, sources (†: needs"
-    more += "\ncare), and what they do not show: [results/README.md](results/README.md)."
+    more = "One-shot: filters go before the first step, then SGD trains what is left; KD: with a teacher. All rows,"
+    more += "\nlogs, commands, sources, and what they do not show: [results/README.md](results/README.md)."
     return "\n\n".join([BEGIN, *([] if full else [NONE_YET]), table(README, rows), more, END])
 
 

@@ -36,10 +36,12 @@ class Published:
     doubt: str
 
     def __str__(self) -> str:
-        """Method, accuracy, cut and source; † where the figure needs care."""
+        """Method, accuracy, that of the trained network it began with, cut and source; †: the figure needs care."""
         std = f" ± {self.acc_std:.2f}" if self.acc_std is not None else ""
-        cut = f"-{self.macs_cut:g} %, " if self.macs_cut else ""
-        return f"{self.method} {self.acc:.2f}{std} ({cut}{self.source}{'†' if self.doubt else ''})"
+        facts = [f"from {self.baseline_acc:.2f}"] if self.init == "pretrained" and self.baseline_acc else []
+        facts += [f"-{self.macs_cut:g} %"] if self.macs_cut else []
+        facts += [self.source] if self.source != self.method else []
+        return f"{self.method} {self.acc:.2f}{std}{'†' if self.doubt else ''} ({', '.join(facts)})"
 
 
 def read_published(path: Path = PUBLISHED) -> list[Published]:

@@ -14,9 +14,9 @@ import torch
 import data
 from utils.base.errors import UserError, run_main
 from utils.tables import grid
-from utils.tables.side_by_side import TRAIN, command_words
+from utils.tables.side_by_side import TRAIN
 from utils.train.command_line import parse
-from utils.train.options import recipe_settings
+from utils.train.options import command_words, recipe_settings
 from utils.train.recipes import RECIPES
 
 SHORT_EPOCHS = 5

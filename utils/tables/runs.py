@@ -4,13 +4,14 @@ What a run is follows from its settings, never from the names of folders.
 """
 
 import json
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
 from utils.base.errors import UserError
 from utils.tables.costs import run_costs
 from utils.tables.statistics import half_width
-from utils.train.options import ALL, identity, phrase, recipe_settings
+from utils.train.options import ALL, CONCERNED, command_words, identity, phrase, recipe_settings
 from utils.train.recipes import fit_schedule, recipes_of
 from utils.train.report import unpack_hits
 
@@ -61,6 +62,7 @@ class Run:
         self.init = "pretrained" if file or recipe == "finetune" else "scratch"
         trained = f"trained {Path(file).name}" if isinstance(file, str) else "trained weights"
         self.started_from = trained if self.init == "pretrained" else "random weights"
+        self._usual = {**usual, **(recipes_of(self.dataset)[recipe].get("trained", {}) if file else {})}
         self.is_small, self.is_gradual = bool(settings.get("widths_of")), recipe == "prune_gradual"
         rate = 100 * (results.get("prune_rate") or 0.0)
         self.pruned = None if self.is_small or self.is_gradual else rate
@@ -72,7 +74,7 @@ class Run:
         cut = f" {100 * settings['macs_cut']:g} % of multiply-adds" if settings.get("macs_cut") else ""
         small_of = [f"of {results.get('widths_from') or 'unknown'}"] if self.is_small else []
         method = self._method() + (cut or (f" {rate:g} %" if rate else ""))
-        special = self._special(usual)
+        special = self._special()
         self.name, self.is_usual = ", ".join([method, *small_of, *special]), not special
         own = [self.dataset, recipe, self.arch, teacher.get("arch"), teacher.get("sha256"), small_of, self.epochs]
         self.key = json.dumps(
@@ -100,11 +102,9 @@ class Run:
         fine_tuned = ", fine-tuned" if self.results["recipe"] == "finetune" else ""
         return name + ("+KD" if self.teacher else "") + fine_tuned
 
-    def _special(self, usual: dict) -> list[str]:
+    def _special(self) -> list[str]:
         """In what the run differs from the usual settings of its recipe, in words."""
-        settings, baseline = self.settings, recipe_settings("baseline", self.dataset)
-        if self.init == "pretrained":
-            usual = {**usual, **recipes_of(self.dataset)[self.results["recipe"]].get("trained", {})}
+        settings, usual, baseline = self.settings, self._usual, recipe_settings("baseline", self.dataset)
         for recipe in (usual, baseline):
             # A shortened run follows the milestones of its own recipe or, in a table of several, the baseline's.
             fitted = fit_schedule(recipe["schedule"], settings["epochs"], recipe["epochs"])
@@ -113,6 +113,21 @@ class Run:
         special = {n: v for n, v in identity(settings).items() if not ALL[n].column and v != usual.get(n)}
         words = [phrase(name, value) for name, value in special.items()]
         return list(filter(None, words)) + ([] if self.arithmetic == "float32" else [self.arithmetic])
+
+    def command(self) -> str:
+        """The command line that makes this run with today's recipes, however it was started and continued."""
+        s = self.settings
+        names = [n for n, o in ALL.items() if o.same_run and CONCERNED[o.only](s)]
+        changed = {n: s[n] for n in [*names, "epochs"] if s[n] != self._usual[n] and (s[n] or ALL[n].type)}
+        for name in ("teacher_sha256", *(["HTrate"] if s.get("macs_cut") else [])):
+            changed.pop(name, None)
+        named = {n: s[n] for n in ("arch", "arch_small", "teacher") if s.get(n)}
+        named |= {} if self.dataset in ("cifar10", "imagenet") else {"dataset": self.dataset}
+        given = {"data_path": "DATA", "recipe": s["recipe"], **named, **changed}
+        given |= {"resume": s["started_from"]} if s.get("started_from") else {}
+        script = f"{'imagenet' if self.dataset == 'imagenet' else 'cifar10'}_resnet_test.py"
+        launcher = self.results["command"].partition(script)[0] or "python "
+        return f"{launcher}{script} {shlex.join(command_words(given))}"
 
     def _speed_up(self) -> str:
         """Speed of the small network over the unpruned one in the largest mini-batch, from the latency files beside."""

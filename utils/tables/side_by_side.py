@@ -16,23 +16,11 @@ import torch
 from utils.base.signals import Stopped, stop
 from utils.tables.runs import ROOT
 from utils.train.device import usable_cores
-from utils.train.options import ALL
+from utils.train.options import command_words
 
 TRAIN = (sys.executable, str(ROOT / "cifar10_resnet_test.py"))
 CONSOLE = "console.txt"
 POLL_SECONDS = 0.2
-
-
-def command_words(options: dict) -> list[str]:
-    """The command line of the training script that gives these options; data_path comes first."""
-    words = [str(options["data_path"])] if "data_path" in options else []
-    texts = {True: "on", False: "off", None: "none"}
-    for name, value in options.items():
-        is_flag = name in ALL and ALL[name].type is None
-        values = [] if is_flag else value if isinstance(value, list) else [value]
-        given = [texts[v] if v is None or isinstance(v, bool) else str(v) for v in values]
-        words += [f"--{name}", *given] if name != "data_path" else []
-    return words
 
 
 @dataclass(frozen=True)

@@ -292,3 +292,15 @@ def phrase(name: str, value) -> str:
     text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
     known = option.phrases.items() if option else ()
     return next((words for key, words in known if key == value), f"{name} {text}")
+
+
+def command_words(options: dict) -> list[str]:
+    """The command line of the training script that gives these options; data_path comes first."""
+    words = [str(options["data_path"])] if "data_path" in options else []
+    texts = {True: "on", False: "off", None: "none"}
+    for name, value in options.items():
+        is_flag = name in ALL and ALL[name].type is None
+        values = [] if is_flag else value if isinstance(value, list) else [value]
+        given = [texts[v] if v is None or isinstance(v, bool) else str(v) for v in values]
+        words += [f"--{name}", *given] if name != "data_path" else []
+    return words
