@@ -9,7 +9,7 @@ def renormalise(net: nn.Module, trained_with: dict | None, fed_with: dict) -> nn
 
     Each channel becomes x * scale + shift before the first layer, which is exact also where that layer pads with zeros;
     folding scale and shift into its weights would not be. It is a forward pre-hook: names and state dict stay, and
-    torch.compile(net) includes it. torch.fx does not see hooks, so fold BatchNorm before this.
+    torch.compile(net) includes it. What torch.fx makes of the network would lack it.
 
     Args:
         trained_with: {"mean": [...], "std": [...]} per channel, of images in 0..1, as models.load_checkpoint has it;

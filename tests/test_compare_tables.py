@@ -13,9 +13,10 @@ import cifar10_resnet_test
 import imagenet_resnet_test
 import models
 from utils.base.errors import UserError
+from utils.compare_tables import main
 from utils.tables.compare import comparison_line, order, published_beside
 from utils.tables.costs import papers_cut
-from utils.tables.markdown import BEGIN, END, NONE_YET, main, make_report, readme_block, replace_block, update
+from utils.tables.markdown import BEGIN, END, NONE_YET, make_report, readme_block, replace_block, update
 from utils.tables.published import PUBLISHED, read_published
 from utils.tables.runs import ROOT, describe_source, find_runs
 from utils.tables.statistics import half_width, half_width_of_difference

@@ -118,6 +118,26 @@ def test_a_run_that_goes_on_removes_at_once_where_it_is_unless_it_is_over(train,
     assert "\nstep 3: " in texts[1] and "network cut before step 3" in texts[1]
 
 
+@pytest.mark.parametrize(
+    "change", [["--macs_cut", 0.9], ["--HTrate", 0.5], ["--round_to", 8], ["--tied", "off"], ["--allocation", "global"]]
+)
+def test_a_run_that_goes_on_keeps_its_plan(train, whole, change):
+    """Which would ignore another amount, that results.json and the tables would name."""
+    with pytest.raises(UserError, match=r"goes on with the plan that it began with, --(macs_cut|round_to|tied|alloc)"):
+        train("--resume", whole / NAME, *change, "--epochs", 5, "--save_path", "other")
+
+
+def test_the_best_epoch_is_one_of_the_pruned_network(train, teacher):
+    """A trained network that hardly trains and then loses most of its filters: the first epoch has them all."""
+    flags = ["--warmup", 0, "--lr", 1e-4, "--HTrate", 0.3, "--prune_begin", 0.5, "--prune_end", 0.9]
+    folder = train(*GRADUAL[:4], *flags, "--epochs", 4, "--resume", teacher, "--save_path", "best")
+    results = json.loads((folder / "results.json").read_text())
+    accuracies = [float(line.split(",")[5]) for line in (folder / "metrics.csv").read_text().splitlines()[1:]]
+    assert accuracies[0] > accuracies[3] and results["best_epoch"] == 3
+    best = torch.load(folder / "best.resnet8.pth.tar", weights_only=True)
+    assert best["epoch"] == 4 and best["best_prec1"] == results["best_epoch_accuracy"] == accuracies[3]
+
+
 def test_fine_tuning_a_cut_network_counts_in_the_unpruned_one(train, whole):
     file, first = whole / NAME, json.loads((whole / "results.json").read_text())
     tuned = train("--recipe", "finetune", "--resume", file, "--epochs", 1, "--v", 0, "--batch_size", 16, "--k", 24)

@@ -276,7 +276,9 @@ def test_outputs_and_networks_of_one_layer_are_refused(tied):
         ({"macs_cut": 0.5, "HTrate": 0.7}, "--macs_cut 0.5 and --HTrate 0.7"),
         ({"macs_cut": 0.995}, r"99.5 % fewer .* out of reach.* 99\.\d % fewer"),
         ({"macs_cut": 0.999, "allocation": "global"}, r"99.9 % fewer .* out of reach.* 9\d\.\d % fewer"),
-        ({"HTrate": 0.05}, "conv_1_3x3: HTrate=0.05 keeps nothing"),
+        ({"HTrate": 0.05}, "--HTrate 0.05 keeps nothing of 'conv_1_3x3'"),
+        ({"HTrate": 0.1, "allocation": "global"}, r"99\.1 % fewer .* out of reach.*larger --HTrate than 0.1"),
+        ({"HTrate": 0.5, "round_to": 64}, "--HTrate 0.5 with widths that are multiples of 64 removes nothing"),
         ({}, "--HTrate 1 removes nothing"),
         ({"HTrate": 0.5, "score": "l7"}, "--prune_score 'l7'"),
     ],
@@ -286,6 +288,13 @@ def test_bad_input(options, message):
     with pytest.raises(UserError, match=message) as error:
         GradualPruning(net, optimizer_of(net), example(), steps=100, **options)
     assert "\n" not in str(error.value)
+
+
+def test_scores_by_gradients_need_them():
+    net = CifarResNet(8)
+    net.bn_1.weight.requires_grad_(False)
+    with pytest.raises(UserError, match="--prune_score taylor needs the gradient of 'bn_1', which is frozen"):
+        GradualPruning(net, optimizer_of(net), example(), steps=9, HTrate=0.5, score="taylor")
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])

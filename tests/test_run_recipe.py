@@ -37,8 +37,10 @@ def recorded(monkeypatch, tmp_path):
 
 def test_the_default_is_the_full_prune_recipe_which_continues_and_what_is_given_is_kept(recorded):
     recorded("", gpu=True)
+    recorded("--resume y.pth.tar")  # a run of any recipe, which its checkpoint names
     assert recorded("--recipe baseline --epochs=200 --resume x.pth.tar -b 32") == [
         "--resume auto --recipe prune",
+        "--resume y.pth.tar",
         "--resume x.pth.tar --recipe baseline --epochs 200 --batch_size 32",
     ]
 

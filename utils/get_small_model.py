@@ -8,7 +8,6 @@ Writes small.<arch>.pth.tar beside the checkpoint or into --save_path; `models.l
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -94,4 +93,4 @@ def compare_predictions(net: nn.Module, small: nn.Module, test: data.ImageArrays
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]))
+    run_main(main)

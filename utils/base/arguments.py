@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Sequence
 
 from utils.base.errors import UserError
@@ -14,9 +15,8 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None):
-        if args is not None:
-            args = [self._with_underscores(argument) for argument in args]
-        return super().parse_args(args, namespace)
+        args = sys.argv[1:] if args is None else args
+        return super().parse_args([self._with_underscores(argument) for argument in args], namespace)
 
     def _with_underscores(self, argument: str) -> str:
         name, equals, value = argument.partition("=")

@@ -12,7 +12,7 @@ from torch import Tensor
 from utils.base.errors import UserError
 from utils.prune.plan import Plan
 
-# What no layer falls below where a share of the multiply-adds is given.
+# Where a share of the multiply-adds is given, the smallest rate (uniform), and what no layer falls below (global).
 FLOOR = 0.1
 LARGEST = torch.finfo(torch.float64).max
 
@@ -27,7 +27,7 @@ def _rounded(count: float, multiple: int, most: int) -> int:
 def uniform(plan: Plan, rate: float, round_to: int = 1) -> Tensor:
     """Counts where every convolution keeps floor(filters * rate), at least 1, rounded to a multiple of `round_to`.
 
-    To the nearest: rounded up, all widths would be larger together, and a cut to be reached would be overshot by far.
+    To the nearest: rounded up, all widths would jump at the same rates, and a cut be overshot by far.
 
     A convolution whose filters are in several groups (stages of a CIFAR ResNet, which begin with the channels of the
     stage before) takes from the last of them what the narrower layers have left open.
@@ -59,7 +59,7 @@ def rate_for(plan: Plan, cut: float, round_to: int = 1) -> float:
     """The largest rate of `uniform` that removes at least this share of the multiply-adds.
 
     Raises:
-        UserError: none does that keeps FLOOR of every layer.
+        UserError: none from FLOOR on does.
     """
     goal = (1 - cut) * plan.multiply_adds(plan.full)
     widths = {len(layer.unit.unique()) for layer in plan.convolutions}
@@ -76,11 +76,11 @@ def rate_for(plan: Plan, cut: float, round_to: int = 1) -> float:
     return rates[low - 1]
 
 
-def out_of_reach(plan: Plan, cut: float, least: Tensor) -> UserError:
+def out_of_reach(plan: Plan, cut: float, least: Tensor, remedy: str = "use a smaller --macs_cut") -> UserError:
     reachable = math.floor(1000 * (1 - plan.multiply_adds(least) / plan.multiply_adds(plan.full))) / 1000
     return UserError(
         f"{100 * cut:.1f} % fewer multiply-adds are out of reach: with {100 * FLOOR:.0f} % of the filters left in "
-        f"every layer this network has {100 * reachable:.1f} % fewer; use a smaller --macs_cut"
+        f"every layer, the fewest, this network has {100 * reachable:.1f} % fewer; {remedy}"
     )
 
 

@@ -15,7 +15,6 @@ not to prune", 2017), fast at first, when most filters are still there to take o
 import torch
 from torch import Tensor, nn
 
-from AHSG_HT import kept_count
 from utils.base.errors import UserError
 from utils.prune.allocation import floors, out_of_reach, rate_for, remove_to, remove_where_cheap, uniform
 from utils.prune.plan import CONVOLUTIONS, Plan, make_plan, row_tensors
@@ -23,8 +22,8 @@ from utils.prune.scores import SCORES, Scores
 from utils.prune.shrink import FOLLOWS, shrink
 
 ALLOCATIONS = ("uniform", "global")
-# Removals between begin and end. Fewer would take several filters of a layer at once; more would change little, as a
-# layer of 64 filters that loses 30 % loses 19. The host waits for the device at each of them.
+# Removals between begin and end, at least, where there are as many steps. Fewer would take several filters of a layer
+# at once; more would change little, as a layer of 64 filters that loses 30 % loses 19. Each waits for the device.
 REMOVALS = 50
 
 
@@ -40,9 +39,10 @@ class GradualPruning:
         optimizer: an AHSG_HT of its parameters, and possibly others.
         example: images (B, C, H, W) of the size that is trained on; their values do not matter.
         steps: mini-batches of the whole run.
-        begin, end: shares of them, 0 <= begin <= end <= 1. Both 0: everything is removed before the first step.
+        begin, end: shares of them, 0 <= begin <= end <= 1. Both 0: everything is removed before the first step, or with
+            a score that needs gradients in it.
         HTrate: share of the filters that every convolution keeps in the end, rounded down.
-        macs_cut: instead of HTrate, the share of the multiply-adds that is removed at least.
+        macs_cut: instead of HTrate, the share of the multiply-adds of `net` as it is given that is removed at least.
         score: one of utils.prune.scores.SCORES.
         tied: channels that are added together go together; False: every convolution by itself, as in the papers.
         round_to: widths are multiples of it, the nearest ones.
@@ -98,18 +98,24 @@ class GradualPruning:
         """(uniform: share of the filters that is kept, global: largest number of multiply-adds)."""
         plan, full = self.plan, self.plan.multiply_adds(self.plan.full)
         rate = HTrate
-        if macs_cut is None:
-            try:
-                for layer in plan.convolutions:
-                    kept_count(len(layer.made), HTrate)
-            except ValueError as error:
-                raise UserError(f"{layer.name}: {error}") from None
-        elif self.allocation == "uniform":
+        for layer in plan.convolutions if macs_cut is None else ():
+            if len(layer.made) * HTrate * (1 + 1e-12) < 1:
+                raise UserError(
+                    f"--HTrate {HTrate:g} keeps nothing of '{layer.name}', which has {len(layer.made)} filters; use "
+                    f"{1 / len(layer.made):g} or more"
+                )
+        if macs_cut is not None and self.allocation == "uniform":
             rate = rate_for(plan, macs_cut, self.round_to)
         goal = plan.multiply_adds(uniform(plan, rate, self.round_to)) if macs_cut is None else (1 - macs_cut) * full
+        if goal == full:
+            raise UserError(
+                f"--HTrate {HTrate:g} with widths that are multiples of {self.round_to} removes nothing; use a smaller "
+                "--HTrate or --round_to"
+            )
         least = floors(plan, self.round_to)
         if self.allocation == "global" and plan.multiply_adds(least) > goal:
-            raise out_of_reach(plan, 1 - goal / full, least)
+            remedy = {"remedy": f"use a larger --HTrate than {HTrate:g}"} if macs_cut is None else {}
+            raise out_of_reach(plan, 1 - goal / full, least, **remedy)
         return rate, goal
 
     # -- in training --
@@ -223,7 +229,8 @@ class GradualPruning:
     def plan_text(self) -> str:
         """Before training: the schedule, what will be left (uniform) and what is kept, and why."""
         plan = self.plan
-        steps = f"nothing before step {self.first}, then a share that grows every {self.every} steps to {self.last}"
+        grows = f"a share that grows every {self.every} steps to {self.last}"
+        steps = f"nothing before step {self.first}, then {grows if self.first < self.last else 'everything'}"
         steps = steps if self.last else f"everything {'in' if self.scores.need_gradients else 'before'} the first step"
         lines, full = [f"pruning by {self.score}, {self.allocation}, removes {steps}"], plan.multiply_adds(plan.full)
         if self.allocation == "uniform":
@@ -285,7 +292,7 @@ def check_options(begin: float, end: float, HTrate: float, macs_cut: float | Non
         if not 0 <= share <= 1:
             raise UserError(f"--prune_{name} {share:g} is no share of the steps; give a number from 0 to 1")
     if begin > end:
-        raise UserError(f"--prune_begin {begin:g} is after --prune_end {end:g}; give a begin that is not after the end")
+        raise UserError(f"--prune_begin {begin:g} is after --prune_end {end:g}; give both, the begin not after the end")
     if macs_cut is not None and not 0 < macs_cut < 1:
         raise UserError(f"--macs_cut {macs_cut:g} is no share of the multiply-adds; give a number between 0 and 1")
     if macs_cut is not None and HTrate != 1:

@@ -62,6 +62,10 @@ class Scores:
     def __init__(self, net: nn.Module, plan: Plan, kind: str):
         self.net, self.plan, self.score = net, plan, SCORES[kind]
         self.sums: dict[str, Tensor] = {}
+        frozen = [layer.norm or layer.name for layer in plan.convolutions]
+        frozen = [name for name in frozen if not net.get_submodule(name).weight.requires_grad]
+        if self.need_gradients and frozen:
+            raise UserError(f"--prune_score {kind} needs the gradient of '{frozen[0]}', which is frozen; use norm")
         alone = [layer.name for layer in plan.convolutions if layer.norm is None]
         if self.score.needs == "gamma" and alone:
             raise UserError(
@@ -125,7 +129,7 @@ class Scores:
         weight = self.net.get_submodule(layer.name).weight.double()
         if layer.kind == "conv":
             # A removed channel's weights only decay: without them the masked network scores as the cut one.
-            weight = weight * alive[layer.read[present[layer.read]]].to(weight)[:, None, None]
+            weight = weight * alive[layer.read[present[layer.read]]].to(weight).view(-1, *[1] * (weight.dim() - 2))
         gamma = self.net.get_submodule(layer.norm).weight.double() if layer.norm else None
         taylor = self.sums[layer.name].double() if self.sums else None
         return self.score.of(Filters(weight, gamma, taylor))

@@ -69,7 +69,7 @@ def renumber(kept: dict[str, list[int]], first: dict[str, list[int]]) -> dict[st
 
 def small_table(arch: str, facts: dict, report: Report) -> str:
     """Filters kept per layer, costs before and after, layers kept whole; `facts` are those of write_small."""
-    width = max(map(len, [*report.kept, "peak-activation-bytes"]))
+    width = max(map(len, [*report.kept, "multiply-adds"]))
     lines = [f"{arch}", f"{'layer':{width}}  filters  kept"]
     lines += [f"{name:{width}}  {report.filters[name]:7d}  {len(kept):4d}" for name, kept in report.kept.items()]
     lines += ["", f"{'one image':{width}}  {'before':>14}  {'after':>14}  change"]

@@ -173,7 +173,7 @@ def _pointwise(channels: Channels, node: fx.Node, module: nn.Module | None) -> V
         raise Unknown(f"{layer_name(node)} has weights per channel")
     if any(isinstance(a, fx.Node) for a in [*node.args[1:], *node.kwargs.values()]):
         raise Unknown(f"{layer_name(node)} takes more than one tensor")
-    function = _function(node) if module is None else copy.deepcopy(module).double()
+    function = _function(node) if module is None else copy.deepcopy(module).cpu().double()
     constant = function(source.constant.clone(), *node.args[1:], **node.kwargs)
     return Value(source.ids, constant.where(~torch.isnan(source.constant), math.nan))
 

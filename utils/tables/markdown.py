@@ -1,17 +1,15 @@
-"""The comparison as Markdown: results/README.md, the block in the project's README, and what the command prints."""
+"""The comparison as Markdown: results/README.md, the block in the project's README, and what is printed."""
 
 import os
 from itertools import groupby
 from pathlib import Path
 
-from utils.base.arguments import OneLineParser
 from utils.base.errors import UserError
 from utils.base.files import replace_file
 from utils.tables.compare import order, published_beside
 from utils.tables.picture import draw_accuracy
 from utils.tables.published import read_published
-from utils.tables.runs import ROOT, SeedGroup, find_runs, show_path
-from utils.train.run_folder import RUNS
+from utils.tables.runs import ROOT, SeedGroup, find_runs
 
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 README_ROWS, README_PUBLISHED = 6, 2
@@ -133,24 +131,3 @@ def update(root: Path = ROOT) -> list[Path]:
     replace_file(folder / "README.md", report.encode())
     replace_file(readme, text.encode())
     return [folder / "README.md", picture, readme]
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = OneLineParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("folders", nargs="*", metavar="FOLDER", help="holds results.json at any depth (results runs)")
-    parser.add_argument("--picture", metavar="PNG", help="also draws accuracy against multiply-adds into this file")
-    parser.add_argument("--update", action="store_true", help="renews results/README.md, picture, README.md's table")
-    args = parser.parse_args(argv)
-    if args.update and (args.folders or args.picture):
-        raise UserError("--update works on the project's own results/; leave folders and --picture out")
-    if args.update:
-        print("\n".join(f"written: {show_path(path)}" for path in update()))
-        return
-    folders = [Path(name) for name in args.folders] or [path for path in (ROOT / "results", RUNS) if path.is_dir()]
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"'{folder}' is no folder; give folders that hold results.json")
-    groups, notes = find_runs(folders)
-    print(make_report(groups, notes, base=Path.cwd()), end="")
-    if args.picture:
-        draw_accuracy(groups, read_published(), Path(args.picture))

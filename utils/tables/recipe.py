@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe = words.pop(0) if words and not words[0].startswith("-") else None
     if recipe not in (None, "table", *RECIPES):
         raise UserError(f"unknown recipe '{recipe}'; choose from {', '.join(RECIPES)}, or table")
-    is_table = recipe == "table"
+    is_table, named = recipe == "table", recipe is not None
     given = parse(grid.table_parser() if is_table else grid.script_parser(__doc__, "run_cifar.sh [RECIPE]"), words)
     recipe = recipe or given.get("recipe", "prune")
     if not given.get("dry_run"):
@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> None:
         given.pop("recipe", None)
         grid.distil_and_compare(recipe, given)
     else:
-        command = command_words({"resume": "auto", **given, "recipe": recipe})
+        if named or given.get("resume", "auto") == "auto":
+            given["recipe"] = recipe
+        command = command_words({"resume": "auto", **given})
         print(f"== python cifar10_resnet_test.py {shlex.join(command)}", flush=True)
         os.execv(TRAIN[0], [*TRAIN, *command])
 

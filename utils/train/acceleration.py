@@ -1,5 +1,4 @@
-"""What makes a training run fast without changing what it computes: number format, compilation, memory. Chosen by
-device and printed.
+"""Number format and compilation of a training run, chosen by device and printed.
 
 `--amp` computes convolutions and matrix products in bfloat16 (torch.autocast); weights, momentum, filter norms,
 BatchNorm statistics and losses stay float32, and no gradient scaling is needed. `--compile` fuses what lies between

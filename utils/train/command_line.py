@@ -17,6 +17,7 @@ from utils.train.options import (
     alternatives,
     kd_term,
     recipe_settings,
+    value_words,
 )
 from utils.train.recipes import fit_schedule, recipes_of
 
@@ -50,13 +51,14 @@ def make_parser(script: str, description: str, arch: str, archs: str) -> OneLine
 
 def _add(group: argparse._ArgumentGroup, option: Option, recipes: dict[str, dict]) -> None:
     help, name = option.help, option.name
-    if option.default is RECIPE and option.only == "gradual":
-        ours = recipes["prune_gradual"]
-        help += f" ({ours[name]}; from a trained network {ours['trained'][name]})"
-    elif option.default is RECIPE and "recipe" not in help:
-        values = [recipes[recipe][name] for recipe in ("baseline", "prune") if recipes[recipe][name] is not None]
-        texts = [str(value).strip("[]").replace(",", "").replace("True", "on") for value in values]
-        help += f" (recipe: {', pruning '.join(dict.fromkeys(texts)) or 'none'})"
+    if option.default is RECIPE:
+        plain, pruning, ours = (recipes[recipe] for recipe in ("baseline", "prune", "prune_gradual"))
+        trained = ours["trained"]
+        labelled = [("", plain, option.only != "gradual"), ("prune ", pruning, pruning[name] != plain[name])]
+        labelled += [("prune_gradual ", ours, ours[name] != plain[name])]
+        labelled += [("from a trained network ", trained, name in trained)]
+        texts = [f"{label}{' '.join(value_words(recipe[name]))}" for label, recipe, shown in labelled if shown]
+        help += f" ({', '.join(texts)})"
     kind = dict(action="store_true") if option.type is None else dict(type=option.type, **option.settings)
     group.add_argument(f"--{name}", *option.flags, help=help.replace("%", "%%"), **kind)
 

@@ -1,4 +1,4 @@
-"""Where a run computes, and with which software: chosen by itself, printed and saved with every result."""
+"""Where a run computes and with which software, saved with every result; seeds and float arithmetic of a process."""
 
 import ctypes
 import os

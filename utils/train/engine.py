@@ -1,5 +1,5 @@
 """One training step, what it minimises, and one pass over the test data. No step waits for the device
-(but for --teacher_cache).
+but with --teacher_cache and where filters are removed.
 
 An objective is called with (net, images, labels) and returns (loss, logits): cross_entropy here, with a teacher
 utils.train.distillation.

@@ -205,7 +205,7 @@ OPTIONS: dict[str, list[Option]] = {
                "same mini-batches reads them; logits of 10 classes for 50,000 images are 2 MB an epoch", path_name,
                settings=dict(metavar="FILE"), only="taught"),
         _recipe_option("kd", "what is compared, by which loss, how weighted: ON:LOSS[:WEIGHT[:NAME=VALUE,...]] with ON "
-                       f"feature, stages or logits and LOSS {', '.join(LOSSES)} (recipe: feature:MSE:1)",
+                       f"feature, stages or logits and LOSS {', '.join(LOSSES)}",
                        kd_term, RECIPE, settings=dict(nargs="+", action="extend", metavar="TERM"), only="taught",
                        instead="loss"),
         Option("loss", "the release's flag: --loss X is --kd feature:X, for losses between logits logits:X", str,
@@ -236,7 +236,8 @@ OPTIONS: dict[str, list[Option]] = {
         Option("save_path", "folder for log, checkpoints and results (runs/<recipe>-<dataset>-<network>-...)",
                path_name, flags=("--save_dir",)),
         Option("resume", "checkpoint to continue, or to start from (finetune, prune_gradual, evaluate); auto: the one "
-               "in --save_path, if any", path_name, settings=dict(metavar="FILE")),
+               "in --save_path or, without it, of the same run in runs/, if any", path_name,
+               settings=dict(metavar="FILE")),
         Option("save_every", "mini-batches between two checkpoints within an epoch (none: at its end)", COUNT,
                settings=dict(metavar="N")),
         Option("evaluate", "only test the network of --resume", default=False, flags=("-e",)),
@@ -254,7 +255,9 @@ OPTIONS: dict[str, list[Option]] = {
     ],
 }  # fmt: skip
 # Options that each script describes in its own words. A teacher is identified by its content (teacher_sha256).
-RECIPE_OPTION = Option("recipe", "numbers for everything below that is not given (prune)", str, None, same_run=True)
+RECIPE_OPTION = Option(
+    "recipe", "defaults of the options below (prune; with a teacher prune_distill)", str, None, same_run=True
+)
 ALL: dict[str, Option] = {
     option.name: option
     for options in ([RECIPE_OPTION, Option("teacher_sha256", "", same_run=True)], *OPTIONS.values())
@@ -294,13 +297,17 @@ def phrase(name: str, value) -> str:
     return next((words for key, words in known if key == value), f"{name} {text}")
 
 
-def command_words(options: dict) -> list[str]:
-    """The command line of the training script that gives these options; data_path comes first."""
-    words = [str(options["data_path"])] if "data_path" in options else []
+def value_words(value: object) -> list[str]:
+    """A value as the command line takes it."""
     texts = {True: "on", False: "off", None: "none"}
+    values = value if isinstance(value, list) else [value]
+    return [texts[v] if v is None or isinstance(v, bool) else str(v) for v in values]
+
+
+def command_words(options: dict) -> list[str]:
+    """The command line of a training script that gives these options; data_path comes first."""
+    words = [str(options["data_path"])] if "data_path" in options else []
     for name, value in options.items():
         is_flag = name in ALL and ALL[name].type is None
-        values = [] if is_flag else value if isinstance(value, list) else [value]
-        given = [texts[v] if v is None or isinstance(v, bool) else str(v) for v in values]
-        words += [f"--{name}", *given] if name != "data_path" else []
+        words += [f"--{name}", *([] if is_flag else value_words(value))] if name != "data_path" else []
     return words

@@ -125,7 +125,7 @@ def title(arch: str, args) -> str:
 def results_of(trainer) -> dict:
     """The content of results.json."""
     rows, kept = trainer.history, trainer.kept()
-    best = max(rows, key=lambda row: row["test_acc"])
+    best = max([r for r in rows if r["epoch"] >= trainer.first_counted] or rows, key=lambda row: row["test_acc"])
     filters = [
         {"name": name, "shape": shape, "kept": len(at), "kept_indices": at}
         for name, shape in trainer.shapes.items()

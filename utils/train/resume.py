@@ -29,6 +29,8 @@ from utils.train.run_folder import RUNS, check_free, check_writable, new_run_pat
 SAME_RUN = [name for name, option in ALL.items() if option.same_run]
 SAME_BATCHES = [name for name, option in ALL.items() if option.batches]
 SAME_NETWORK = [name for name, option in ALL.items() if option.network and name != "HTrate"]
+# What the plan of gradual pruning is made from, at the start of a run.
+TARGET = ("macs_cut", "HTrate", "tied", "round_to", "allocation")
 KINDS = ("checkpoint", "previous", "best")
 
 
@@ -135,6 +137,7 @@ def _place(args: argparse.Namespace, checkpoint: dict | None, modified: int | No
         return Start(new_run_path(args.save_path, run_name(args)), checkpoint, continues and checkpoint is not None)
     notes = [f"note: other than in '{args.resume}': {change}" for change in changed_settings(args, checkpoint)]
     _check_position(args, checkpoint)
+    _check_target(args, checkpoint)
     own = Path(args.resume).parent
     if args.save_path and Path(args.save_path).resolve() != own.resolve():
         return Start(new_run_path(args.save_path, ""), checkpoint, True, notes=notes)
@@ -161,6 +164,17 @@ def _check_position(args: argparse.Namespace, checkpoint: dict) -> None:
         )
     if epoch >= args.epochs:
         raise UserError(f"{where}, --epochs {args.epochs} ends before; use a larger --epochs")
+
+
+def _check_target(args: argparse.Namespace, checkpoint: dict) -> None:
+    """Raises UserError where a run of gradual pruning is continued with another amount, which its plan would ignore."""
+    saved = checkpoint["settings"]
+    for name in TARGET if checkpoint.get("pruning") else ():
+        if name in saved and saved[name] != getattr(args, name):
+            raise UserError(
+                f"'{args.resume}' goes on with the plan that it began with, --{name} {saved[name]}, and cannot take "
+                f"{getattr(args, name)}; leave that out, or begin a new run with its small network's file"
+            )
 
 
 def changed_settings(args: argparse.Namespace, checkpoint: dict) -> list[str]:
@@ -207,8 +221,6 @@ def _find_run(args: argparse.Namespace, notes: list[str]) -> tuple[Path, dict, i
             changes.append(f"it began with '{file}'")
         matching += [] if changes else [found]
         reason = f"holds another run ({', '.join(changes)})"
-    for note in notes:
-        print(note, flush=True)
     if matching:
         return max(matching, key=lambda entry: entry[2])
     if args.save_path and (notes or reason):

@@ -1,7 +1,7 @@
 """The teacher's outputs for mini-batches that it has seen before, in a file (--teacher_cache).
 
-Runs of one seed, data set, normalisation, batch size, growth and number of processes see the same mini-batches,
-whatever they train and with whichever loss: only the first of them has to run the teacher.
+Runs of one seed, data set, normalisation, batch size, growth, --max_images_per_step and number of processes see the
+same mini-batches, whatever they train and with whichever loss: only the first of them has to run the teacher.
 """
 
 import hashlib

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -68,6 +69,7 @@ class Trainer:
         epochs_done: epochs behind the network, more than the history where it came from a file of another project.
         position: mini-batches behind it of the epoch under way; all of them while the network is tested.
         best: best test accuracy of this run so far, in %; -1 before the first epoch.
+        first_counted: from this epoch on an accuracy can be the best one.
         hits: which test images the network was right on after the latest epoch, as text; None where not known.
         adapters: what is trained beside the network in a distilled run.
         network_facts: what a checkpoint must hold besides `arch` for the network to be built again.
@@ -138,6 +140,10 @@ class Trainer:
             options |= dict(begin=args.prune_begin, end=args.prune_end, score=args.prune_score)
             options |= dict(steps=self.steps_before(args.epochs), state=saved.get("pruning"))
             self.pruning = GradualPruning(net, optimizer, self.example.to(device), **options)
+        # Epochs before all filters are gone are of a wider network: the best epoch is none of them.
+        ends = accumulate(len(train_loader.sizes(epoch)) for epoch in range(args.epochs))
+        last = self.pruning.last if self.pruning else 0
+        self.first_counted = next(epoch for epoch, end in enumerate(ends) if end > last)
 
     def _wrap(self) -> None:
         """Makes the objective that is called in training, of the network as it is now."""
@@ -224,8 +230,8 @@ class Trainer:
         # Images that cannot be read are missing in a pass, and the others out of place.
         is_whole = tested.hits is not None and len(tested.hits) == len(self.images.test)
         self.hits = report.pack_hits(tested.hits, self.images.test.fingerprint()) if is_whole else None
-        is_best = tested.top1 > self.best
-        self.best = max(self.best, tested.top1)
+        is_best = tested.top1 > self.best or epoch == self.first_counted
+        self.best = tested.top1 if is_best else self.best
         self._save(is_best=is_best)
         self.run.write_metrics(self.history)
 
