@@ -10,7 +10,7 @@ import torch
 from AHSG_HT import AHSG_HT
 from models.resnet_cifar import CifarResNet
 from utils.base.errors import UserError
-from utils.bench import gpu, latency, shrinking, training
+from utils.bench import latency, shrinking, training
 from utils.bench.optimizer import HT_RECIPE
 from utils.bench.original_loop import PerFilterLoop, train_epoch_original
 from utils.train.engine import RunningMeans, cross_entropy, train_step
@@ -80,15 +80,6 @@ def test_a_cut_run_is_timed_beside_the_masked_one(tmp_path):
     assert (masked["run"], cut["run"], masked["of the masked run's"]) == ("masked", "cut", 1)
     assert cut["of the masked run's"] == cut["whole run (s)"] / masked["whole run (s)"]
     assert cut["after / before"] == cut["after"] / cut["images/s before"]
-
-
-def test_the_command_for_a_gpu_runs_with_small_numbers(tmp_path):
-    """A part of the tests, a training loop, the optimizer in both layouts."""
-    gpu.main(["--quick", "--out", str(tmp_path)])
-    assert " passed" in (tmp_path / "tests.txt").read_text()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tables = [f"optimizer_{device}_channels_last", f"optimizer_{device}_contiguous", f"training_{device}_resnet20"]
-    assert sorted(path.stem for path in tmp_path.glob("*.md")) == tables
 
 
 @pytest.mark.parametrize(

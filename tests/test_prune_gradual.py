@@ -128,7 +128,7 @@ def test_resumed_run_is_bit_identical(arch, stop, score, tied):
     optimizer.load_state_dict(saved["optimizer"])
     pruning = GradualPruning(net, optimizer, images(0, size), state=saved["pruning"], **options)
     assert train(net, optimizer, pruning, size, range(stop, 50)) == [39]
-    assert pruning.kept == straight[2].kept
+    assert pruning.present_filters == straight[2].present_filters
     for (name, a), b in zip(net.state_dict().items(), straight[0].state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     for a, b in itertools.zip_longest(optimizer.state.values(), straight[1].state.values()):
@@ -300,7 +300,7 @@ def test_the_weakest_filters_are_removed():
     pruning.before_step(0)
     pruning.cut(1)
     # |26|, |25|, ... |11|: the first sixteen.
-    assert pruning.kept["stage_2.0.conv_a.weight"] == list(range(16))
+    assert pruning.present_filters["stage_2.0.conv_a.weight"] == list(range(16))
 
 
 # -- cuts --
@@ -326,8 +326,9 @@ def test_optimizer_follows_a_cut():
     for value in (module.weight, state["momentum_buffer"], state["prev_data"]):
         assert value.shape == module.weight.shape and value.is_contiguous(memory_format=torch.channels_last)
     train(net, optimizer, pruning, 8, range(20, 50))
-    assert {name: len(at) for name, at in pruning.kept.items()} == {n: len(net.state_dict()[n]) for n in pruning.kept}
-    assert pruning.kept["classifier.weight"] == list(range(10)) and len(pruning.kept) == 8
+    present, weights = pruning.present_filters, net.state_dict()
+    assert {name: len(at) for name, at in present.items()} == {name: len(weights[name]) for name in present}
+    assert present["classifier.weight"] == list(range(10)) and len(present) == 8
 
 
 def test_kept_indices_are_the_original_ones_through_all_cuts():
@@ -339,4 +340,4 @@ def test_kept_indices_are_the_original_ones_through_all_cuts():
         group["lr"] = group["weight_decay"] = 0.0
     assert train(net, optimizer, pruning, size, range(50)) == [19, 39]
     values = net.stage_3[0].conv_a.weight[:, 0, 0, 0].tolist()
-    assert [v - 1 for v in values] == pruning.kept["stage_3.0.conv_a.weight"] == list(range(32, 64))
+    assert [v - 1 for v in values] == pruning.present_filters["stage_3.0.conv_a.weight"] == list(range(32, 64))

@@ -92,7 +92,7 @@ def test_resnet20_is_cut_to_its_widths(tied):
         assert int(zero) == (width - small[width] if in_stream and not tied else 0), name
     assert net.classifier.in_features == (44 if tied else 64)
     assert [s[0].shortcut.new_channels for s in (net.stage_2, net.stage_3)] == ([11, 22] if tied else [16, 32])
-    kept = pruning.kept
+    kept = pruning.present_filters
     if tied:
         # A stage's kept channels are the first of the next one's.
         last = [kept[f"stage_{s}.2.conv_b.weight"] for s in (1, 2, 3)]

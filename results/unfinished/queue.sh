@@ -3,8 +3,8 @@
 #
 #     R20=resnet20-12fca82f.th R56=resnet56-4bfd9763.th bash results/unfinished/queue.sh DATA [AT_ONCE]
 #
-# Run it in a clone of one commit. A run that was stopped continues, one that is finished is passed over. To stop all:
-# pkill xargs; pkill -TERM -f cifar10_resnet_test. On a CPU set OMP_NUM_THREADS=1 and AT_ONCE to the number of cores.
+# Run it in a clone of one commit. A run that was stopped continues, one that is finished is passed over. Ctrl-C stops
+# all. On a CPU set OMP_NUM_THREADS=1 and AT_ONCE to the number of cores; --tf32 has no effect there.
 export DATA=${1:?the path of CIFAR-10} R20=${R20:?the public ResNet-20} R56=${R56:?the public ResNet-56}
 
 run() {
@@ -27,9 +27,9 @@ gradual-taylor TRAINED --macs_cut 0.52 --epochs 10 --prune_begin 0.05 --prune_en
 gradual-gamma TRAINED --macs_cut 0.52 --epochs 10 --prune_begin 0.05 --prune_end 0.5 --prune_score gamma
 30-late-seed2 TRAINED --macs_cut 0.52 --round_to 8 --tf32 --epochs 30 --prune_begin 0.05 --prune_end 0.5 --manualSeed 2
 30-late-seed3 TRAINED --macs_cut 0.52 --round_to 8 --tf32 --epochs 30 --prune_begin 0.05 --prune_end 0.5 --manualSeed 3
-C --recipe prune_gradual --macs_cut 0.5 --round_to 8 --epochs 200
-D --arch resnet56 --recipe prune_gradual --resume PUBLIC56 --macs_cut 0.53 --round_to 8 --epochs 40 TAUGHT
-B-seed2 TRAINED --macs_cut 0.5 --epochs 60 --manualSeed 2 TAUGHT
-B-seed3 TRAINED --macs_cut 0.5 --epochs 60 --manualSeed 3 TAUGHT
+C --recipe prune_gradual --macs_cut 0.5 --round_to 8 --tf32 --epochs 200
+D --arch resnet56 --recipe prune_gradual --resume PUBLIC56 --macs_cut 0.53 --round_to 8 --tf32 --epochs 40 TAUGHT
+B-seed2 TRAINED --macs_cut 0.5 --tf32 --epochs 60 --manualSeed 2 TAUGHT
+B-seed3 TRAINED --macs_cut 0.5 --tf32 --epochs 60 --manualSeed 3 TAUGHT
 QUEUE
     xargs -P "${2:-1}" -I{} bash -c 'run {}'

@@ -20,7 +20,6 @@ FORMAT = "ahsg-ht 1"
 FROM_OTHERS = {
     "arch": lambda value: isinstance(value, str),
     "epoch": lambda value: isinstance(value, int) and value >= 0,
-    "best_prec1": lambda value: isinstance(value, (int, float)),
     "optimizer": lambda value: isinstance(value, dict) and isinstance(value.get("param_groups"), list),
 }
 
@@ -78,8 +77,6 @@ def read(path: str | os.PathLike) -> dict:
         content["state_dict"] = {name.removeprefix("module."): value for name, value in weights.items()}
     if content.get("format") == FORMAT:
         return content
-    # best_prec1 of the original training scripts is a tensor.
-    content |= {name: v.item() for name, v in content.items() if isinstance(v, Tensor) and v.numel() == 1}
     kept = {name: content[name] for name, accepts in FROM_OTHERS.items() if accepts(content.get(name))}
     return {"state_dict": content["state_dict"], **kept}
 

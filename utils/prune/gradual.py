@@ -213,13 +213,13 @@ class GradualPruning:
     # -- what is kept --
 
     @property
-    def kept(self) -> dict[str, list[int]]:
+    def present_filters(self) -> dict[str, list[int]]:
         """{name of a layer's weight: its filters that the network still has, by their indices in the unpruned one}."""
         layers = [layer for layer in self.plan.layers if layer.kind not in ("norm", "pad")]
         return {f"{layer.name}.weight": self.present[layer.made].nonzero().flatten().tolist() for layer in layers}
 
     @property
-    def remaining(self) -> dict[str, list[int]]:
+    def alive_filters(self) -> dict[str, list[int]]:
         """{name of a convolution's weight: its filters that are not removed, by their indices in the unpruned
         network}.
         """

@@ -47,10 +47,11 @@ def papers_cut(filters: list[dict], kept: float | None = None) -> float | None:
     """
     if not filters or filters[0]["shape"][:2] != [16, 3]:
         return None
-    full = left = 64 * 10
+    full = left = 64 * 10  # the linear layer
     previous = 1.0
     for layer in filters:
         (out, read, height, width), name = layer["shape"], layer["name"]
+        # Layers of 16, 32, 64 filters have maps of 32, 16, 8 pixels a side.
         cost, share = out * read * height * width * (512 // out) ** 2, layer["kept"] / out if kept is None else kept
         full += cost
         left += cost * share * (previous if ".conv_b." in name or name.startswith("stage_1.0.") else 1.0)

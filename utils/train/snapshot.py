@@ -32,7 +32,7 @@ def take(trainer) -> dict:
         "cost": trainer.cost,
         "shapes": trainer.shapes,
         "numbering": trainer.numbering,
-        "kept": trainer.present(),
+        "kept": trainer.present(),  # what the network still has, zeros included
         "random_states": random_states[0],
         **({"random_states_of_ranks": random_states} if several else {}),
         "loader": {"seed": trainer.train_loader.seed, "epoch": trainer.epochs_done, "position": trainer.position},

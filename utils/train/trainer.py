@@ -312,12 +312,12 @@ class Trainer:
     def kept(self) -> dict[str, list[int]]:
         """{weight of a convolution: original indices of the filters it keeps}."""
         if self.pruning:
-            return renumber(self.pruning.remaining, self.numbering)
+            return renumber(self.pruning.alive_filters, self.numbering)
         return renumber(kept_filters(self.net, getattr(self.optimizer, "additives", None)), self.numbering)
 
     def present(self) -> dict[str, list[int]]:
         """As `kept`, of all filters that the network has; {} where it is the unpruned one."""
-        return renumber(self.pruning.kept, self.numbering) if self.pruning else self.numbering
+        return renumber(self.pruning.present_filters, self.numbering) if self.pruning else self.numbering
 
     def _check_finite(self, t: int, means: RunningMeans, *, weights: bool) -> None:
         """Stops the run on all ranks where the loss or, if `weights`, a weight is not finite. Waits for the device.
