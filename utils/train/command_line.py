@@ -37,9 +37,7 @@ def make_parser(script: str, description: str, arch: str, archs: str) -> OneLine
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument(
-        "data_path", nargs="?", help="folder of the images (./data); absent CIFAR is downloaded"
-    )
+    parser.add_argument("data_path", nargs="?", help="folder of the images (./data); absent CIFAR is downloaded")
     recipes = recipes_of("imagenet" if script == "imagenet" else "cifar10")
     parser.add_argument("--recipe", choices=recipes, help=RECIPE_OPTION.help)
     parser.add_argument("--arch", "-a", metavar="ARCH", help=f"network ({arch}): {archs}")
