@@ -285,7 +285,7 @@ def test_the_printed_commands_give_the_settings_of_the_committed_runs():
     runs = [run for group in groups(ROOT / "results") for run in group.runs]
     for run in runs:
         script = imagenet_resnet_test if run.dataset == "imagenet" else cifar10_resnet_test
-        given = parse(script.parser(), shlex.split(run.command())[2:])
+        given = parse(script.parser(), shlex.split(run.command)[2:])
         family = "imagenet" if run.dataset == "imagenet" else "cifar"
         settings = vars(resolve(given, {}, family=family, arch=script.ARCH))
         assert identity(settings) == identity(run.settings), run.folder

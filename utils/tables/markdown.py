@@ -85,7 +85,7 @@ def make_report(groups: list[SeedGroup], notes: list[str], *, base: Path, by_han
     parts += ["## Shorter runs and controls", "To be compared with each other at equal epochs only."] if others else []
     for title, section in groupby(others, lambda group: f"{group.first.arch} on {group.first.dataset}"):
         parts += [f"### {title}", table(SHORT, [row_cells(group, base) for group in section])]
-    runs = [(os.path.relpath(run.folder, base), run.command()) for group in groups for run in group.runs]
+    runs = [(os.path.relpath(run.folder, base), run.command) for group in groups for run in group.runs]
     commands = [f"{Path(folder).as_posix()}: `{command}`" for folder, command in runs]
     for title, lines in (("Order", order(groups)), ("Commands", commands), ("Not in the tables", notes)):
         parts += [f"## {title}", "\n".join(f"- {line}" for line in lines)] if lines else []

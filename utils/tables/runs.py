@@ -40,6 +40,7 @@ class Run:
         name: method and rate, and in what the recipe differs from that of its name.
         is_usual: it differs in nothing.
         key: what runs share that differ by their seed only.
+        command: what makes it with today's recipes.
     """
 
     def __init__(self, folder: Path, results: dict):
@@ -80,7 +81,7 @@ class Run:
         self.key = json.dumps(
             [identity(settings), own, self.started_from, self.images, self.arithmetic], sort_keys=True
         )
-        self.speed_up, self.machine = self._speed_up(), self._machine()
+        self.speed_up, self.machine, self.command = self._speed_up(), self._machine(), self._command()
 
     def _data_remark(self) -> str:
         if self.results["synthetic_data"]:
@@ -114,8 +115,8 @@ class Run:
         words = [phrase(name, value) for name, value in special.items()]
         return list(filter(None, words)) + ([] if self.arithmetic == "float32" else [self.arithmetic])
 
-    def command(self) -> str:
-        """The command line that makes this run with today's recipes, however it was started and continued."""
+    def _command(self) -> str:
+        """The command line that makes the run with today's recipes, however it was started and continued."""
         s = self.settings
         names = [n for n, o in ALL.items() if o.same_run and CONCERNED[o.only](s)]
         changed = {n: s[n] for n in [*names, "epochs"] if s[n] != self._usual[n] and (s[n] or ALL[n].type)}
@@ -126,7 +127,7 @@ class Run:
         given = {"data_path": "DATA", "recipe": s["recipe"], **named, **changed}
         given |= {"resume": s["started_from"]} if s.get("started_from") else {}
         script = f"{'imagenet' if self.dataset == 'imagenet' else 'cifar10'}_resnet_test.py"
-        launcher = self.results["command"].partition(script)[0] or "python "
+        launcher = self.results.get("command", "").partition(script)[0] or "python "
         return f"{launcher}{script} {shlex.join(command_words(given))}"
 
     def _speed_up(self) -> str:
