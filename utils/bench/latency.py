@@ -38,7 +38,7 @@ def timings(dense: nn.Module, small: nn.Module, shape: tuple[int, ...], args: ar
         row = {"device": args.device.type, "batch_size": batch}
         for name, own in zip(("dense", "small"), seconds, strict=True):
             row[f"{name}_ms"] = 1000 * statistics.median(own)
-            first, _, third = statistics.quantiles(own * 2, n=4, method="inclusive")
+            first, _, third = statistics.quantiles(own * 2, n=4, method="inclusive")  # twice, as it needs two values
             row[f"{name}_spread"] = 1000 * (third - first)
         rows.append(row | {"speed_up": row["dense_ms"] / row["small_ms"], "multiply_add_ratio": costs[0] / costs[1]})
     return rows

@@ -57,13 +57,16 @@ class Channels:
 
     Attributes:
         tie_pads: an option-A shortcut couples its channels to those it is added to: stages keep their original order.
-        values: by node.
+        graph: the traced network.
+        values: {node: the Value that it produces}.
         regroup: grouped convolutions are readers and need a plan (utils.small.groups); else they keep all channels.
         readers: convolutions that are not depthwise, and linear layers.
         pads: option-A shortcuts.
         layers: every call of a convolution, linear layer or BatchNorm that is narrowed.
         joins: (ids of a concatenation, ids of its parts).
         groups, orders: of grouped convolutions: the new groups; (ids, the order of those that are kept).
+        pinned: channels that must stay, and why.
+        parents: of every channel id another one of its class, itself at the root (a union-find forest).
         keep, rank: set by `select`: bool per id, read at the roots, what is kept; {root: place} of ordered classes.
     """
 

@@ -28,9 +28,14 @@ network that is left, and by soft filter pruning's formula. Minutes are the whol
 shared machine. The last line of a log is the comparison of its day; this table is today's.
 """
 README = ("network", "method", "epochs", "started from", "top-1 %: last (best) epoch", "multiply-adds", "published")
-SHORT = ("method", "epochs", "started from", "teacher", "top-1 %: last (best) epoch", "multiply-adds")
-SHORT = (*SHORT, "minutes, machine", "small network's speed-up", "log")
-MAIN = ("network", *SHORT[:6], "papers' formula", "published", *SHORT[6:])
+SHORT = (
+    *("method", "epochs", "started from", "teacher", "top-1 %: last (best) epoch", "multiply-adds"),
+    *("minutes, machine", "small network's speed-up", "log"),
+)
+MAIN = (
+    *("network", "method", "epochs", "started from", "teacher", "top-1 %: last (best) epoch", "multiply-adds"),
+    *("papers' formula", "published", "minutes, machine", "small network's speed-up", "log"),
+)
 
 
 def row_cells(group: SeedGroup, base: Path) -> dict[str, str]:

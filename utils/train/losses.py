@@ -182,6 +182,7 @@ def parse_term(text: str) -> Term:
         UserError: it describes none.
     """
     try:
+        # Parts that are missing: no loss, weight 1, no options.
         on, loss, weight, options, *more = [*text.split(":"), *["", "1", ""][text.count(":") :]]
         if on not in KD_ON or not loss or more:
             forms = f"ON:LOSS[:WEIGHT[:NAME=VALUE,...]] with ON {', '.join(KD_ON)}, such as logits:KL:0.9:T=4"

@@ -126,11 +126,10 @@ def results_of(trainer) -> dict:
     """The content of results.json."""
     rows, kept = trainer.history, trainer.kept()
     best = max([r for r in rows if r["epoch"] >= trainer.first_counted] or rows, key=lambda row: row["test_acc"])
-    filters = [
-        {"name": name, "shape": shape, "kept": len(at), "kept_indices": at}
-        for name, shape in trainer.shapes.items()
-        for at in [kept.get(name, list(range(shape[0])))]
-    ]
+    filters = []
+    for name, shape in trainer.shapes.items():
+        indices = kept.get(name, list(range(shape[0])))
+        filters.append({"name": name, "shape": shape, "kept": len(indices), "kept_indices": indices})
     return {
         "finished": trainer.epochs_done >= trainer.args.epochs,
         "recipe": trainer.args.recipe,

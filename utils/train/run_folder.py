@@ -45,7 +45,8 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = lock_folder(path)
             # Of two runs that chose this folder at one time, the second finds it changed when the first has ended.
-            if holds_a_run(path) if resumed is None else resumed[0].stat().st_mtime_ns != resumed[1]:
+            changed = holds_a_run(path) if resumed is None else resumed[0].stat().st_mtime_ns != resumed[1]
+            if changed:
                 self.close()
                 raise UserError(
                     f"another run has just begun in '{path}'; start this one again, or choose another --save_path"

@@ -123,8 +123,12 @@ class Trainer:
             full = models.build_full(first, self.arch, args.resume) if self.cost else copy.deepcopy(net).cpu()
             self.cost = count(full, self.example)._asdict()
         self.shapes = first.get("shapes") or {n: list(p.shape) for n, p in net.named_parameters() if p.dim() == 4}
-        # Numbers of the network's filters in the unpruned one, where it begins cut.
-        self.numbering = saved.get("numbering", {}) if saved else {} if first.get("small") else first.get("kept", {})
+        # Numbers of the network's filters in the unpruned one, where it begins cut. A small network's file counts as a
+        # network of its own.
+        if saved:
+            self.numbering = saved.get("numbering", {})
+        else:
+            self.numbering = {} if first.get("small") else first.get("kept", {})
         self.convolutions = plan_convolutions(net, optimizer)
         self.thresholds = isinstance(optimizer, AHSG_HT) and any(layer.removed for layer in self.convolutions)
         # Before weights are restored: DistributedDataParallel gives every rank the BatchNorm statistics of the first.
