@@ -12,7 +12,7 @@ from utils.tables.published import read_published
 from utils.tables.runs import ROOT, SeedGroup, find_runs
 
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
-README_ROWS, README_PUBLISHED = 6, 2
+README_ROWS, README_PUBLISHED = 6, 3
 NONE_YET = "No run of full length yet, so nothing here may be set beside a published figure."
 LEGEND = """\
 Top-1 accuracy in % on the test images. Own figures: last epoch, mean over seeds ± half the 95 % interval (variance
@@ -105,11 +105,14 @@ def readme_block(groups: list[SeedGroup]) -> str:
     chosen = (full or [group for group in groups if group.first.is_usual and not group.first.data_remark])[:README_ROWS]
     rows = [row_cells(group, ROOT) for group in chosen]
     for group, row in zip(chosen, rows, strict=True):
+        row["published"] = "<br>".join(row["published"].split("<br>")[:README_PUBLISHED])
         beside = list(published_beside(group.first, read_published()))[:README_PUBLISHED]
         if beside and not row["published"]:
             row["published"] = f"full length (not run): {'<br>'.join(map(str, beside))}"
-    more = "One-shot: filters go before the first step, then SGD trains what is left; KD: with a teacher. All rows,"
-    more += "\nlogs, commands, sources, and what they do not show: [results/README.md](results/README.md)."
+    more = (
+        "One-shot: filters go before the first step, then SGD trains what is left; KD: with a teacher; †: needs care."
+    )
+    more += "\nAll rows, logs, commands, and what they do not show: [results/README.md](results/README.md)."
     return "\n\n".join([BEGIN, *([] if full else [NONE_YET]), table(README, rows), more, END])
 
 

@@ -218,7 +218,8 @@ def find_runs(folders: Iterable[Path]) -> tuple[list[SeedGroup], list[str]]:
 
     def order(group: SeedGroup) -> tuple:
         run = group.first
-        return run.dataset, len(run.arch), run.arch, run.pruned != 0, run.epochs, run.pruned or 0, run.name
+        network = run.dataset, len(run.arch), run.arch
+        return *network, run.pruned != 0, run.is_gradual, run.epochs, run.pruned or 0, run.name
 
     return sorted(map(SeedGroup, members.values()), key=order), notes
 
