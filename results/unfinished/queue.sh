@@ -22,7 +22,6 @@ export -f run
 # NAME FLAGS. The teacher's outputs for a seed are computed once for all runs (--teacher_cache).
 sed "s|TRAINED|--recipe prune_gradual --resume $R20|; s|TAUGHT|--teacher $R56 --teacher_cache runs/teacher.db|
     s|PUBLIC56|$R56|" <<'QUEUE' |
-gradual-taylor TRAINED --macs_cut 0.52 --epochs 10 --prune_begin 0.05 --prune_end 0.5 --prune_score taylor
 gradual-gamma TRAINED --macs_cut 0.52 --epochs 10 --prune_begin 0.05 --prune_end 0.5 --prune_score gamma
 30-late-seed2 TRAINED --macs_cut 0.52 --round_to 8 --tf32 --epochs 30 --prune_begin 0.05 --prune_end 0.5 --manualSeed 2
 30-late-seed3 TRAINED --macs_cut 0.52 --round_to 8 --tf32 --epochs 30 --prune_begin 0.05 --prune_end 0.5 --manualSeed 3
