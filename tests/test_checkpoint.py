@@ -139,6 +139,8 @@ def test_auto_names_a_damaged_checkpoint_and_uses_the_one_before(train, capsys):
     intact = torch.load(folder / NAME, weights_only=True)
     (folder / NAME).write_bytes((folder / NAME).read_bytes()[:9999])
     capsys.readouterr()
+    train("--epochs", 2, "--save_path", "out", "--resume", "auto", "--evaluate")
+    assert capsys.readouterr().out.count(f"note: '{folder / NAME}' is damaged") == 1
     assert train("--epochs", 2, "--save_path", "out", "--resume", "auto") == folder
     printed = capsys.readouterr().out
     assert printed.count(f"note: '{folder / NAME}' is damaged") == 1 and "[Epoch=001/002]" in printed

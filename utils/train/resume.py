@@ -221,6 +221,8 @@ def _find_run(args: argparse.Namespace, notes: list[str]) -> tuple[Path, dict, i
             changes.append(f"it began with '{file}'")
         matching += [] if changes else [found]
         reason = f"holds another run ({', '.join(changes)})"
+    if args.evaluate or not matching:  # otherwise the run's log has them
+        print(*notes, sep="\n", end="\n" if notes else "", flush=True)
     if matching:
         return max(matching, key=lambda entry: entry[2])
     if args.save_path and (notes or reason):
