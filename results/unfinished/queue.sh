@@ -22,11 +22,10 @@ export -f run
 # NAME FLAGS. The teacher's outputs for a seed are computed once for all runs (--teacher_cache).
 sed "s|TRAINED|--recipe prune_gradual --resume $R20|; s|TAUGHT|--teacher $R56 --teacher_cache runs/teacher.db|
     s|PUBLIC56|$R56|" <<'QUEUE' |
-gradual-gamma TRAINED --macs_cut 0.52 --epochs 10 --prune_begin 0.05 --prune_end 0.5 --prune_score gamma
-30-late-seed2 TRAINED --macs_cut 0.52 --round_to 8 --tf32 --epochs 30 --prune_begin 0.05 --prune_end 0.5 --manualSeed 2
-30-late-seed3 TRAINED --macs_cut 0.52 --round_to 8 --tf32 --epochs 30 --prune_begin 0.05 --prune_end 0.5 --manualSeed 3
 C --recipe prune_gradual --macs_cut 0.5 --round_to 8 --tf32 --epochs 200
 D --arch resnet56 --recipe prune_gradual --resume PUBLIC56 --macs_cut 0.53 --round_to 8 --tf32 --epochs 40 TAUGHT
+30-late-seed2 TRAINED --macs_cut 0.52 --round_to 8 --tf32 --epochs 30 --prune_begin 0.05 --prune_end 0.5 --manualSeed 2
+30-late-seed3 TRAINED --macs_cut 0.52 --round_to 8 --tf32 --epochs 30 --prune_begin 0.05 --prune_end 0.5 --manualSeed 3
 B-seed2 TRAINED --macs_cut 0.5 --tf32 --epochs 60 --manualSeed 2 TAUGHT
 B-seed3 TRAINED --macs_cut 0.5 --tf32 --epochs 60 --manualSeed 3 TAUGHT
 QUEUE
