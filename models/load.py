@@ -12,6 +12,10 @@ from models.small import narrow_like
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 
+# torchvision's networks whose weights were trained on images of mean and std 0.5; all others' have ImageNet's.
+OF_HALF = ("efficientnet_v2_l", "googlenet", "inception_v3")
+HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
+
 
 def load(path: str | os.PathLike, arch: str | None = None) -> nn.Module:
     """The network of a checkpoint, with its weights, on the CPU, in eval mode.
@@ -51,7 +55,7 @@ def load_checkpoint(path: str | os.PathLike, arch: str | None = None) -> dict:
     arch = checkpoint.get("arch") or arch
     if arch is None:
         raise UserError(f"'{path}' does not name its network; use --arch with one of {', '.join(REGISTRY)}")
-    return {**checkpoint, "arch": arch}
+    return {**({"normalisation": HALF} if arch in OF_HALF else {}), **checkpoint, "arch": arch}
 
 
 def build_like(checkpoint: dict, arch: str, path: str | os.PathLike) -> nn.Module:

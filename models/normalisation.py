@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 
-def renormalise(net: nn.Module, trained_with: dict | None, fed_with: dict) -> nn.Module:
+def renormalise(net: nn.Module, trained_with: dict, fed_with: dict) -> nn.Module:
     """Makes a network take images that are normalised otherwise than in its training. In place; returns the network.
 
     Each channel becomes x * scale + shift before the first layer, which is exact also where that layer pads with zeros;
@@ -12,12 +12,9 @@ def renormalise(net: nn.Module, trained_with: dict | None, fed_with: dict) -> nn
     torch.compile(net) includes it. What torch.fx makes of the network would lack it.
 
     Args:
-        trained_with: {"mean": [...], "std": [...]} per channel, of images in 0..1, as models.load_checkpoint has it;
-            None: that of the images.
+        trained_with: {"mean": [...], "std": [...]} per channel, of images in 0..1, as models.load_checkpoint has it.
         fed_with: that of the images which the network will be called with.
     """
-    if trained_with is None:
-        return net
     mean, std = (torch.tensor(trained_with[name]).view(-1, 1, 1) for name in ("mean", "std"))
     fed_mean, fed_std = (torch.tensor(fed_with[name]).view(-1, 1, 1) for name in ("mean", "std"))
     if not hasattr(net, "input_scale"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.load import last_layer
+from models.load import HALF, OF_HALF, last_layer, load_checkpoint
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 from utils.base.files import network_timeout
@@ -18,7 +18,7 @@ USUAL_WEIGHTS = "IMAGENET1K_V1"
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 
 
-def load_pretrained(net: nn.Module, arch: str, file: str | None) -> str:
+def load_pretrained(net: nn.Module, arch: str, file: str | None) -> tuple[str, dict | None]:
     """Copies trained weights into a network; a last layer for another number of classes keeps its own.
 
     Args:
@@ -26,22 +26,25 @@ def load_pretrained(net: nn.Module, arch: str, file: str | None) -> str:
         file: a checkpoint or a bare state dict; None downloads torchvision's weights, or takes them from torch's cache.
 
     Returns:
-        Where the weights come from, in words.
+        (where the weights come from, in words; mean and std of the images that they take, None for the usual ones).
 
     Raises:
         UserError: no network, or weights of another network.
     """
     if file is None:
         weights, source = _torchvisions_weights(arch)
+        normalisation = HALF if arch in OF_HALF else None
     else:
-        weights, source = checkpoints.read(file)["state_dict"], f"'{file}'"
+        checkpoint, source = load_checkpoint(file, arch), f"'{file}'"
+        weights, normalisation = checkpoint["state_dict"], checkpoint.get("normalisation")
     own = net.state_dict()
     weights = {name: value for name, value in weights.items() if not name.startswith(AUXILIARY)}
     head = [f"{last_layer(net)}.{end}" for end in ("weight", "bias")]
     other = [name for name in head if name in weights and weights[name].shape != own[name].shape]
     weights.update({name: own[name] for name in other})
     checkpoints.load_weights(net, weights, file or f"torchvision's {arch}")
-    return f"{source}, except the last layer, which has another number of classes" if other else source
+    source += ", except the last layer, which has another number of classes" if other else ""
+    return source, normalisation
 
 
 def _torchvisions_weights(arch: str) -> tuple[dict[str, Tensor], str]:

@@ -49,8 +49,10 @@ def jpegs(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_network(monkeypatch):
-    """Registers resnet8, one block per stage, for runs that take a second, and the same with dropout."""
-
+    """Registers resnet8, one block per stage, for runs that take a second, and the same with dropout. A run before has
+    made tiny numbers zero for the whole process.
+    """
+    torch.set_flush_denormal(False)
     for name, make in NETWORKS.items():
         monkeypatch.setitem(models.registry.REGISTRY, name, make)
 

@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from tiny import NETWORKS
 
-ROOT = Path(__file__).resolve().parent.parent
 NAME = "checkpoint.resnet8_dropout.pth.tar"
 FLAGS = ["--arch", "resnet8_dropout", "--batch_size", "16", "--k", "24", "--epochs", "3", "--print_freq", "1"]
 FLAGS += ["--save_every", "2", "--save_path", "out"]

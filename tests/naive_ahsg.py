@@ -46,7 +46,6 @@ class NaiveAHSG:
 
     Attributes:
         x, buffers, prev: parameters, momentum buffers and x_{t-1} (None before they exist).
-        kept: {position of a thresholded tensor: units that the latest H kept}.
         removed: per parameter the units that stay zero, where regrow is False.
     """
 
@@ -68,7 +67,6 @@ class NaiveAHSG:
         self.x = [p.detach().double().clone() for p in params]
         self.buffers = [None for _ in params]
         self.prev = [None for _ in params]
-        self.kept = {}
         self.removed = [set() for _ in params]
         self.lr, self.momentum, self.dampening, self.nesterov = lr, momentum, dampening, nesterov
         self.weight_decay, self.v, self.HTrate, self.heavy_ball = weight_decay, v, HTrate, heavy_ball
@@ -114,9 +112,8 @@ class NaiveAHSG:
                 scores, owned = [filter_norm(w, self.norm) for w in x], [i, *additives_after(self.x, i)]
             else:
                 continue
-            self.kept[i] = brute_force_kept(scores, self.HTrate)
+            gone = set(range(len(scores))) - brute_force_kept(scores, self.HTrate)
             for j in owned:
-                gone = set(range(len(scores))) - self.kept[i]
                 self.zero(j, gone)
                 if not self.regrow:
                     self.removed[j] |= gone

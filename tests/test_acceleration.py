@@ -245,7 +245,7 @@ def test_a_compiled_run_leaves_ordinary_files_and_resumes(train, traced_only, gr
     assert list(saved["state_dict"]) == list(CifarResNet(8, 10).state_dict())
     assert (folder / "small.resnet8.pth.tar").is_file()
     train("--resume", folder / "checkpoint.resnet8.pth.tar", "--epochs", 2)
-    assert (folder / "log_seed_1.txt").read_text().count("float32, compiled") == 2 and graphs() <= 2
+    assert (folder / "log_seed_1.txt").read_text().count("float32, compiled") == 2 and 1 <= graphs() <= 2
 
 
 # Layout and memory

@@ -43,6 +43,7 @@ def test_both_loops_take_the_same_steps():
 def test_every_loop_and_loss_trains_the_images_asked_for(tree):
     args = argparse.Namespace(dataset="folder", data_path=str(tree), images=24, batch_size=16, device=CPU, workers=0)
     images = training.load_images(args)
+    assert len(images) == 24
     teacher = CifarResNet(14, num_classes=args.classes).eval()
     for loop, term in [
         ("original", "none"),

@@ -18,7 +18,7 @@ from utils.tables.compare import comparison_line, order, published_beside
 from utils.tables.costs import papers_cut
 from utils.tables.markdown import BEGIN, END, NONE_YET, make_report, readme_block, replace_block, update
 from utils.tables.published import PUBLISHED, read_published
-from utils.tables.runs import ROOT, describe_source, find_runs
+from utils.tables.runs import ROOT, describe_source, find_runs, read_run
 from utils.tables.statistics import half_width, half_width_of_difference
 from utils.train.command_line import parse, resolve
 from utils.train.options import identity, recipe_settings
@@ -211,6 +211,7 @@ def test_what_must_not_be_compared_is_not_subtracted(put, tmp_path, changes, set
     assert group.first.remark == remark and ("| published |" in report(tmp_path)) == (not remark)
 
 
+CUT = dict(began_cut=True, small={"before": {"multiply_adds": 40_551_040}, "after": {"multiply_adds": 20_275_520}})
 OF_TRAINED = dict(started_from="x.th", learning_rate=0.05, warmup=0.0, HTrate=1.0, macs_cut=0.5)
 
 
@@ -224,6 +225,7 @@ OF_TRAINED = dict(started_from="x.th", learning_rate=0.05, warmup=0.0, HTrate=1.
         (dict(HTrate=1.0), "heavy ball, unpruned"),
         (dict(recipe="distill", teacher="t"), "unpruned+KD"),
         (dict(recipe="finetune"), "AHSG-HT, fine-tuned 30 %"),
+        (dict(recipe="finetune", HTrate=1.0, v=0.0, changes=CUT), "cut network, fine-tuned, no heavy ball"),
         (dict(recipe="prune_gradual", changes=dict(arithmetic="TF32, 2 processes")), "gradual 30 %, TF32, 2 processes"),
         (dict(recipe="prune_gradual", prune_begin=0, prune_end=0, **OF_TRAINED), "one-shot 50 % of multiply-adds"),
         (
@@ -292,6 +294,13 @@ def test_the_printed_commands_give_the_settings_of_the_committed_runs():
         assert {n: settings.get(n) for n in more} == {n: run.settings.get(n) for n in more}, run.folder
         assert given.get("resume") == run.settings.get("started_from")
     assert len(runs) > 50
+
+
+@pytest.mark.parametrize(("settings", "flag"), [(dict(amp=False), "--no_amp"), (dict(amp=False, tf32=True), "--tf32")])
+def test_a_printed_command_keeps_the_number_format(put, settings, flag):
+    """A GPU's default is bfloat16."""
+    words = read_run(put("a", **settings) / "results.json").command.split()
+    assert [word for word in words if word in ("--no_amp", "--tf32", "--amp")] == [flag]
 
 
 @pytest.mark.parametrize(

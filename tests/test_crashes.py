@@ -79,10 +79,10 @@ def test_before_there_is_anything_to_save_a_signal_ends_the_run_at_once(plain, t
 
 
 def test_a_second_run_is_locked_out_until_the_first_is_gone(plain, whole, tmp_path):
-    first = start(tmp_path, [*plain, "--workers", "2"])
+    first = start(tmp_path, [*plain, "--workers", "2"], point="step", count=5, signum=signal.SIGSTOP)
     while not (tmp_path / "out" / NAME).exists():
+        assert first.processes[0].is_alive()
         time.sleep(0.02)
-    os.kill(first.processes[0].pid, signal.SIGSTOP)
     try:
         second = run(tmp_path / "elsewhere", [*plain[:-1], tmp_path / "out", "--resume", "auto"])
     finally:

@@ -296,35 +296,57 @@ def test_corrupt_image_is_named(tmp_path, damage):
 # CIFAR in torchvision's files
 
 
-@pytest.fixture
-def cifar10_files(tmp_path, monkeypatch):
-    """Four images a batch; checksums are not compared. Returns (folder, pixels, labels)."""
-    folder = tmp_path / "cifar-10-batches-py"
+BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
+# {data set: (folder, training and test files, key of the labels, key of the class names, number of classes)}.
+FILES = {
+    "cifar10": ("cifar-10-batches-py", [*BATCHES, "test_batch"], "labels", "label_names", 10),
+    "cifar100": ("cifar-100-python", ["train", "test"], "fine_labels", "fine_label_names", 100),
+}
+
+
+def write_files(name, tmp_path, monkeypatch):
+    """torchvision's files with 20 training and 4 test images, checksums not compared: (folder, pixels, labels)."""
+    inside, files, key, meta, classes = FILES[name]
+    folder, images, labels = tmp_path / inside, pixels(24), torch.arange(24) % 10
     folder.mkdir()
-    images, labels = pixels(24), torch.arange(24) % 10
-    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-    for i, name in enumerate(names):
-        part = slice(4 * i, 4 * i + 4)
-        content = {"data": images[part].reshape(4, -1).numpy(), "labels": labels[part].tolist()}
-        (folder / name).write_bytes(pickle.dumps(content))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"word{9 - i}" for i in range(10)]}))
-    cifar10 = import_torchvision().datasets.CIFAR10
-    monkeypatch.setattr(cifar10, "train_list", [[name, None] for name in names[:5]])
-    monkeypatch.setattr(cifar10, "test_list", [["test_batch", None]])
-    monkeypatch.setattr(cifar10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": None})
+    sizes = [20 // len(files[:-1])] * len(files[:-1]) + [4]
+    for file, own, of_own in zip(files, images.split(sizes), labels.split(sizes), strict=True):
+        content = {"data": own.reshape(len(own), -1).numpy(), key: of_own.tolist()}
+        (folder / file).write_bytes(pickle.dumps(content))
+    (folder / "meta").write_bytes(pickle.dumps({meta: [f"word{classes - i}" for i in range(classes)]}))
+    dataset = getattr(import_torchvision().datasets, name.upper())
+    monkeypatch.setattr(dataset, "train_list", [[file, None] for file in files[:-1]])
+    monkeypatch.setattr(dataset, "test_list", [[files[-1], None]])
+    monkeypatch.setattr(dataset, "meta", {"filename": "meta", "key": meta, "md5": None})
     return folder, images, labels
 
 
+@pytest.fixture
+def cifar10_files(tmp_path, monkeypatch):
+    return write_files("cifar10", tmp_path, monkeypatch)
+
+
+# Those that everybody normalises by.
+STATISTICS = {
+    "cifar10": ([0.4914, 0.4824, 0.4467], [0.2471, 0.2435, 0.2616]),
+    "cifar100": ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
 @pytest.mark.parametrize("above", [True, False])
-def test_torchvisions_files_are_read(cifar10_files, above):
+def test_torchvisions_files_are_read(name, above, tmp_path, monkeypatch):
     """From the folder that holds them and from the one above; pixels, labels and class names exactly."""
-    folder, images, labels = cifar10_files
-    loaded = data.load("cifar10", folder.parent if above else folder, download=False)
+    folder, images, labels = write_files(name, tmp_path, monkeypatch)
+    loaded = data.load(name, folder.parent if above else folder, download=False)
     assert torch.equal(torch.cat([loaded.train.images, loaded.test.images]), images)
     assert torch.equal(torch.cat([loaded.train.labels, loaded.test.labels]), labels)
-    assert loaded.classes == [f"word{9 - i}" for i in range(10)]
-    (folder / "data_batch_3").unlink()
-    refused("cifar-10-batches-py' are incomplete", "cifar10", folder.parent)
+    assert loaded.classes == [f"word{FILES[name][-1] - i}" for i in range(FILES[name][-1])]
+    mean, std = STATISTICS[name]
+    assert loaded.train.mean.tolist() == pytest.approx(mean, abs=1e-3)
+    assert loaded.test.std.tolist() == pytest.approx(std, abs=1e-3)
+    (folder / FILES[name][1][0]).unlink()
+    refused(f"{folder.name}' are incomplete", name, folder.parent)
 
 
 # Downloads, and what never happens instead

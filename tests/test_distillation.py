@@ -2,12 +2,12 @@
 
 import copy
 import hashlib
-import json
 import shutil
 import sqlite3
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from tiny import settings_of
 from torch import nn
@@ -82,7 +82,7 @@ def test_a_teacher_sees_images_in_its_own_normalisation():
     torch.testing.assert_close(objective.teacher_features((pixels - 0.4) / 0.5)["logits"][0], expected)
 
 
-def test_a_teacher_that_names_no_normalisation_has_that_of_the_data_set(tree, teacher, capsys):
+def test_a_teacher_that_names_no_normalisation_has_that_of_the_data_set(tree, teacher):
     """Also where the student starts from a network with another one."""
     images = data.load("cifar10", tree)
     usual = images.normalisation
@@ -163,7 +163,7 @@ def test_a_second_run_with_a_cache_is_the_same_and_runs_no_teacher(train, teache
     first = train(*flags, "--teacher_cache", tmp_path / "cache", "--save_path", "first")
     monkeypatch.setattr(TeacherCache, "put", lambda *args: pytest.fail("an output is missing"))
     second = train(*flags, "--teacher_cache", tmp_path / "cache", "--save_path", "second")
-    counts = json.loads((second / "results.json").read_text())["teacher"]["cache"]
+    counts = tiny.results(second)["teacher"]["cache"]
     assert counts["computed"] == 0 < counts["read"]
     weights = [load(folder)["state_dict"] for folder in (plain, first, second)]
     assert all(torch.equal(value, w[name]) for w in weights[1:] for name, value in weights[0].items())
@@ -293,7 +293,7 @@ def load(folder, arch="resnet8"):
 
 def test_a_distilled_run_names_its_teacher_and_stays_deployable(train, teacher, capsys):
     folder = train("--arch_small", "resnet8", "--teacher", teacher, "--epochs", 1)
-    results = json.loads((folder / "results.json").read_text())
+    results = tiny.results(folder)
     assert results["recipe"] == "prune_distill" and results["optimizer"] == "AHSG_HT"
     sha256 = hashlib.sha256(teacher.read_bytes()).hexdigest()
     facts = {"arch": "resnet8", "file": str(teacher), "accuracy": results["teacher"]["accuracy"], "sha256": sha256}
@@ -322,18 +322,20 @@ def test_a_distilled_run_with_adapters_resumes_exactly(train, teacher, monkeypat
     flags = ["--arch_small", "wider", "--teacher", teacher, "--HTrate", 1]
     whole = train(*flags, "--epochs", 2, "--save_path", "whole")
     part = train(*flags, "--epochs", 1, "--save_path", "part")
+    before = load(part, "wider")["adapters"]["feature:MSE.0.weight"]
     train(*flags, "--epochs", 2, "--resume", part / "checkpoint.wider.pth.tar")
-    results = json.loads((part / "results.json").read_text())
+    results = tiny.results(part)
     assert (results["recipe"], results["optimizer"]) == ("distill", "SGD")
     assert [f["kept"] for f in results["filters"]] == [16, 16, 16, 32, 32, 64, 64]
     a, b = load(whole, "wider"), load(part, "wider")
-    assert a["adapters"]["feature:MSE.0.weight"].shape == (64, 96)
+    assert a["adapters"]["feature:MSE.0.weight"].shape == before.shape == (64, 96)
+    assert not torch.equal(a["adapters"]["feature:MSE.0.weight"], before), "it learns"
     assert torch.equal(a["adapters"]["feature:MSE.0.weight"], b["adapters"]["feature:MSE.0.weight"])
     assert all(torch.equal(a["state_dict"][name], b["state_dict"][name]) for name in a["state_dict"])
     assert not any("feature:MSE" in name for name in a["state_dict"])
 
 
-def test_teachers_that_cannot_teach_are_refused(train, teacher, tmp_path, tree):
+def test_teachers_that_cannot_teach_are_refused(train, teacher, tmp_path):
     def refuse(file, pattern, *flags):
         with pytest.raises(UserError, match=pattern) as caught:
             train("--arch_small", "resnet8", "--teacher", file, *flags)

@@ -265,6 +265,12 @@ def test_every_rank_takes_its_share_in_as_many_parts(monkeypatch, size, expected
     assert counts == {expected}
 
 
+def test_sums_of_several_processes_are_continued_by_one():
+    sums = torch.tensor([[4.0, 1, 2, 2], [8.0, 0, 2, 4]], dtype=torch.float64)
+    found = engine.RunningMeans(CPU, {"sums": sums, "seconds": 1.0}).read()
+    assert (found.loss, found.top1, found.top5) == pytest.approx((2, 100 / 6, 400 / 6)) and found.seconds >= 1
+
+
 def test_one_image_for_batchnorm_of_a_map_of_one_pixel_is_one_line():
     net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Flatten())
     images, labels = torch.randn(1, 3, 1, 1), torch.zeros(1, dtype=torch.int64)

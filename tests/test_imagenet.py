@@ -1,21 +1,22 @@
 """imagenet_resnet_test.py on a small tree of JPEGs, and the data that it reads."""
 
-import json
 import shutil
 import socket
 
 import pytest
 import torch
 from PIL import Image
-from tiny import settings_of
+from tiny import load, results, settings_of
 
 import imagenet_resnet_test as script
 import models
 from data import DataLoader, ImageFiles, first_images, load_imagenet
 from data.image_files import MEAN, STD, BadImage, UnreadableFile, image_seed
+from models.load import OF_HALF
 from utils.base.errors import UserError
 from utils.base.torchvision_import import import_torchvision
 from utils.train import setup
+from utils.train.options import identity
 
 NAME = "checkpoint.resnet18.pth.tar"
 SIZE = 64
@@ -32,14 +33,6 @@ def train(jpegs, tmp_path, monkeypatch):
         return script.main([str(data), *defaults, *map(str, flags)])
 
     return run
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def results(folder):
-    return json.loads((folder / "results.json").read_text())
 
 
 def test_from_scratch_resumed_evaluated_and_small(train, jpegs, capsys):
@@ -64,8 +57,7 @@ def test_from_scratch_resumed_evaluated_and_small(train, jpegs, capsys):
 def test_flags_and_the_numbers_of_the_recipe():
     args = settings_of(script, ["DATA", "-a", "resnet50"])
     assert (args.epochs, args.learning_rate, args.schedule, args.gammas) == (100, 0.1, [30, 60, 90], [0.1] * 3)
-    assert (args.batch_size, args.decay, args.nesterov, args.image_size) == (256, 1e-4, False, 224)
-    assert settings_of(script, ["DATA", "-a", "inception_v3"]).image_size == 299
+    assert (args.batch_size, args.decay, args.nesterov) == (256, 1e-4, False)
     line = "DATA -a resnet34 -j 3 -b 64 --lr 0.01 --epochs 7 --print-freq 5 --save_dir out --resume x -e --use_pretrain"
     args = settings_of(script, line.split())
     assert (args.workers, args.batch_size, args.learning_rate, args.print_freq) == (3, 64, 0.01, 5)
@@ -90,6 +82,36 @@ def test_use_pretrain(train, jpegs, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"trained weights of resnet18 failed .*--use_pretrain FILE"):
         train("--use_pretrain")
+
+
+def test_torchvisions_weights_get_images_of_the_mean_and_std_that_they_were_trained_with(jpegs, tmp_path, monkeypatch):
+    """Two networks of torchvision turn ImageNet's into 0.5 by themselves, where torchvision loads their weights."""
+    torchvision, usual = import_torchvision(), {}
+    for arch in torchvision.models.list_models(torchvision.models):
+        for weights in list(torchvision.models.get_model_weights(arch))[:1]:
+            usual[arch] = weights.transforms()
+    other = {arch for arch, transforms in usual.items() if tuple(transforms.mean) != MEAN}
+    assert other | {"googlenet", "inception_v3"} == set(OF_HALF)
+    assert all(tuple(usual[arch].mean) == tuple(usual[arch].std) == (0.5,) * 3 for arch in other)
+    net = models.build_torchvision("googlenet", 3)
+    torch.save(net.state_dict(), tmp_path / "googlenet.pth")
+    flags = ["-a", "googlenet", "-j", "0", "--image_size", "64", "--use_pretrain", str(tmp_path / "googlenet.pth")]
+    args = settings_of(script, [str(jpegs), *flags])
+    images = script.load_images(args)
+    script.load_trained(net, args, images)
+    pixels = images.test[0][0][None]
+    transformed = torchvision.models.GoogLeNet(transform_input=True, aux_logits=False, init_weights=False)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    expected = transformed._transform_input((pixels / 255 - mean) / std)
+    assert torch.allclose(images.test.normalise(pixels), expected, atol=1e-6)
+    assert models.load_checkpoint(tmp_path / "googlenet.pth", "googlenet")["normalisation"] == images.normalisation
+
+
+def test_images_are_scaled_to_224_or_what_the_network_is_for(jpegs):
+    for flags, size in ((["-a", "resnet50"], 224), (["-a", "inception_v3"], 299), (["--image_size", "64"], 64)):
+        args = settings_of(script, [str(jpegs), *flags])
+        assert script.load_images(args).train.image_shape == (3, size, size)
+    assert identity(vars(settings_of(script, ["DATA"])))["image_size"] is None
 
 
 def test_as_many_workers_as_cores(monkeypatch):

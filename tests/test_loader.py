@@ -102,6 +102,13 @@ def test_sampler_yields_what_it_announces_which_is_the_schedule(n, batch_size, k
     assert (len(sampler), sampler.sizes(), lengths(sampler)) == (len(wanted), wanted, wanted)
 
 
+def test_a_generator_of_ones_own_is_never_reseeded():
+    own = torch.Generator().manual_seed(123)
+    given, plain = (DataLoader(Numbers(20), 4, shuffle=True, seed=1, **more) for more in ({"generator": own}, {}))
+    assert epoch_of(given) == epoch_of(plain)
+    assert own.initial_seed() == 123
+
+
 def test_schedules_to_know():
     """The release's; torch's; a bound where (1+k)^t has overflowed; a cap that is no float."""
     release = DataLoader(Numbers(50_000), 64, 128)

@@ -5,7 +5,6 @@ from statistics import correlation, fmean, stdev
 
 import pytest
 import torch
-from torch import nn
 
 from utils.base.errors import UserError
 from utils.train import losses
@@ -187,21 +186,3 @@ def test_an_option_without_default_must_be_given(monkeypatch):
     monkeypatch.setitem(LOSSES, "Needy", Needy)
     with pytest.raises(UserError, match="Needy needs the option p, as logits:Needy:1:p=NUMBER"):
         parse_term("logits:Needy")
-
-
-def test_a_newcomers_loss_needs_a_class_and_a_registry_entry(monkeypatch):
-    class Power(losses.Loss):
-        """Mean of |student - teacher|^p."""
-
-        def __init__(self, p: float = 3.0):
-            super().__init__()
-            self.p = nn.Parameter(torch.tensor(p), requires_grad=False)
-
-        def forward(self, student, teacher, labels):
-            return (student - teacher).abs().pow(self.p).mean()
-
-    monkeypatch.setitem(LOSSES, "Power", Power)
-    loss = parse_term("feature:Power:2:p=4").make_loss()
-    assert loss(torch.full((2, 3), 2.0), torch.zeros(2, 3), LABELS[:2]).item() == 16
-    with pytest.raises(UserError, match=r"its options: p$"):
-        parse_term("feature:Power:2:q=4")

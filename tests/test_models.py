@@ -319,7 +319,7 @@ def test_a_network_keeps_its_normalisation(tmp_path):
     x, y = ((pixels - torch.tensor(n["mean"]).view(3, 1, 1)) / torch.tensor(n["std"]).view(3, 1, 1) for n in (own, fed))
     with torch.no_grad():
         expected, names = net(x), list(net.state_dict())
-        assert torch.equal(models.renormalise(net, None, fed)(x), expected)
+        assert torch.equal(models.renormalise(net, own, own)(x), expected)
         models.renormalise(net, own, fed)
         assert list(net.state_dict()) == names and not torch.allclose(net(x), expected, rtol=1e-4, atol=1e-4)
         for called in (net, torch.compile(net, backend="eager")):

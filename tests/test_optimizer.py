@@ -437,6 +437,27 @@ def test_groups_have_their_own_options_and_follow_a_scheduler():
     assert [len(kept_filters(g[0])) for g in groups] == [4, 3]
 
 
+def test_a_heavy_ball_that_a_schedule_turns_off_begins_anew():
+    p = torch.nn.Parameter(torch.zeros(3))
+    optimizer = AHSG_HT([p], lr=0.5, v=0.1)
+    moves = []
+    for v in (0.1, 0.1, 0, 0.1, 0.1):
+        optimizer.param_groups[0]["v"], before = v, p.detach().clone()
+        train([p], optimizer, [[torch.ones(3)]])
+        moves.append(float((p - before)[0]))
+    assert moves == pytest.approx([-0.5, -0.55, -0.5, -0.5, -0.55])
+
+
+def test_transposed_convolutions_are_thresholded_along_their_inputs():
+    """Their biases belong to outputs, and stay."""
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(6, 4, 3)
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    threshold_only([*layer.parameters()], HTrate=0.5)
+    strongest = weight.flatten(1).norm(dim=1).topk(3).indices.sort().values
+    assert torch.equal(layer.weight.flatten(1).any(1).nonzero().flatten(), strongest) and torch.equal(layer.bias, bias)
+
+
 @BOTH_HEAVY_BALLS
 def test_grad_scaler_steps_are_the_unscaled_steps_and_a_skipped_one_changes_nothing(heavy_ball):
     """Scaling by powers of two is exact."""

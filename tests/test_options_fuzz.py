@@ -16,7 +16,7 @@ SCRIPTS = ("cifar10_resnet_test", "imagenet_resnet_test")
 # Tried on every option; those that its type takes are left out.
 VALUES = ("", "x", "-1", "0", "1.5", "nan", "inf", "1e999", "4294967296", "²", "[1]", "None;ls", "$(touch trap)")
 # Files that options name, and that are not there.
-FILES = ("resume", "teacher", "widths_of")
+FILES = ("resume", "teacher")
 
 
 def bad_values(parser, action):
@@ -37,14 +37,15 @@ def cases():
             if action.nargs == 0:
                 yield script, [f"{name}=yes"]
                 continue
-            yield script, [name]
+            if action.nargs != "?":
+                yield script, [name]
             for value in bad_values(parser, action):
                 yield script, [f"{name}={value}"]
                 if action.nargs == "+":
                     yield script, [name, "1", value]
             if action.dest in FILES:
-                yield script, [name, "absent.pth.tar"]
-                yield script, [name, "."]
+                yield script, ["nowhere", name, "absent.pth.tar"]
+                yield script, ["nowhere", name, "."]
         yield script, ["--no_such_option", "1"]
         yield script, ["nowhere/at/all", *(["--dataset", "folder"] if script.startswith("cifar") else [])]
         yield script, ["absent", "--save_path", __file__ + "/x"]
@@ -72,6 +73,8 @@ def test_one_line_and_status_2(script, flags, empty_folder, monkeypatch, capsys)
     assert stopped.value.code == 2
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed.err
     assert "Traceback" not in printed.out + printed.err
+    named = flags[0].partition("=")[0] if flags[0].startswith("--") else flags[2] if len(flags) == 3 else ""
+    assert (f"'{named}'" if named in ("absent.pth.tar", ".") else named) in printed.err
     assert os.listdir(empty_folder) == []
 
 

@@ -1,12 +1,11 @@
 """What --resume means: the same run, another run that starts from a file, or a file of others."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from crash_lab import same
-from tiny import settings_of
+from tiny import load, results, settings_of
 
 import cifar10_resnet_test as script
 import models
@@ -17,14 +16,6 @@ from utils.train.setup import build_optimizer
 from utils.train.snapshot import restore_optimizer
 
 NAME = "checkpoint.resnet8.pth.tar"
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def results(folder):
-    return json.loads((folder / "results.json").read_text())
 
 
 def settings(folder):
@@ -178,6 +169,16 @@ def test_released_momentum_and_prev_data_become_the_optimizers_state(train, tmp_
     folder = train("--epochs", 2, "--resume", tmp_path / "released.pth.tar")
     train("--epochs", 2, "--resume", first)
     assert folder.parent.name == "runs" and same(load(folder / NAME)["state_dict"], load(first)["state_dict"])
+
+
+def test_a_full_gpu_is_one_line_that_names_what_bounds_a_pass(capsys):
+    def fill():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(SystemExit) as caught:
+        run_main(fill)
+    printed = capsys.readouterr().err
+    assert caught.value.code == 2 and printed.count("\n") == 1 and "--max_images_per_step" in printed
 
 
 def test_what_the_system_refuses_is_one_line_and_status_2(capsys):

@@ -3,7 +3,7 @@
 import csv
 import importlib
 import itertools
-import json
+import math
 import os
 import re
 import shutil
@@ -13,26 +13,18 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
-from tiny import settings_of
+from tiny import load, results, settings_of
 
 import cifar10_resnet_test as script
 import data
 import models
 from utils.base.errors import UserError, run_main
-from utils.train import setup
+from utils.train import setup, trainer
 from utils.train.engine import evaluate
 from utils.train.recipes import fit_schedule, learning_rate_at
 from utils.train.report import unpack_hits
 
 NAME = "checkpoint.resnet8.pth.tar"
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def results(folder):
-    return json.loads((folder / "results.json").read_text())
 
 
 PRUNE = dict(batch_size=64, k=128, HTrate=0.7, v=0.1, learning_rate=0.01, epochs=200)
@@ -59,6 +51,10 @@ SETTINGS = {
     "--prune_rate 0": dict(HTrate=1.0, prune_rate=0.0),
     "--batch-size 32 --learning-rate=0.5": dict(batch_size=32, learning_rate=0.5),
     "--epochs 10 --fit_schedule": dict(schedule=[1, 3, 6, 8]),
+    "--tf32": dict(tf32=True, amp=False),
+    "--no_amp": dict(tf32=False, amp=False),
+    "--teacher x --loss KL": dict(kd=["logits:KL:1"]),
+    "--teacher x --loss L1": dict(kd=["feature:L1:1"]),
 }
 
 
@@ -66,6 +62,19 @@ SETTINGS = {
 def test_settings_are_those_of_the_release(line):
     args = vars(settings_of(script, line.split()))
     assert {name: args[name] for name in SETTINGS[line]} == SETTINGS[line]
+
+
+def test_learning_rate_rises_and_falls_along_a_cosine(train, monkeypatch):
+    """Within epochs, too."""
+    settings = vars(settings_of(script, ["--recipe", "prune_gradual", "--epochs", "11"]))
+    rates = [learning_rate_at(e, settings) for e in (0, 0.5, 1, 6, 8.5, 11)]
+    assert rates == pytest.approx([0, 0.05, 0.1, 0.05, 0.05 * (1 - math.sqrt(0.5)), 0])
+    rates, step = [], trainer.train_step
+    monkeypatch.setattr(
+        trainer, "train_step", lambda *a, **o: (rates.append(a[4].param_groups[0]["lr"]), step(*a, **o))[1]
+    )
+    train("--recipe", "baseline", "--lr_schedule", "cosine", "--warmup", 1, "--lr", 0.1, "--epochs", 2)
+    assert rates == pytest.approx([0, 0.025, 0.05, 0.075, *(0.05 * (1 + math.cos(math.pi * t / 4)) for t in range(4))])
 
 
 def test_learning_rate_steps_at_the_milestones():

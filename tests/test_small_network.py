@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from random_nets import SIZE, RandomNet, needed_labels, zero_filters
 from torch import nn
 
+import data
 import models
 import utils.small.cut as small_network
 from AHSG_HT import AHSG_HT, following_additives
@@ -413,6 +414,23 @@ def test_command_line_errors(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             get_small_model.main([str(flag) for flag in flags])
+
+
+def test_command_compares_predictions_and_exports(tree, teacher, tmp_path, monkeypatch, capsys):
+    """In the checkpoint's own normalisation of the images."""
+    flags = ["--data", str(tree), "--save_path", str(tmp_path / "out")]
+    get_small_model.main([str(teacher), *flags, "--export", "torch"])
+    assert "20 test images: 20 predictions agree; accuracy 100.00 % before, 100.00 % after" in capsys.readouterr().out
+    assert (tmp_path / "out/small.resnet8.pt2").is_file()
+    own = {"mean": [0.9] * 3, "std": [0.1] * 3}
+    checkpoints.write({**checkpoints.read(teacher), "normalisation": own}, tmp_path / "other.pth.tar")
+    test = data.load("cifar10", tree).test
+    right = (models.load(teacher)((test.images / 255 - 0.9) / 0.1).argmax(1) == test.labels).float().mean()
+    get_small_model.main([str(tmp_path / "other.pth.tar"), *flags])
+    assert right < 1 and f"accuracy {100 * right:.2f} % before, {100 * right:.2f} % after" in capsys.readouterr().out
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--export onnx needs onnx and onnxscript: pip install onnx onnxscript"):
+        get_small_model.main([str(teacher), "--export", "onnx", "--save_path", str(tmp_path)])
 
 
 # -- files, and small networks that are trained on --

@@ -1,5 +1,6 @@
 """Tiny data and networks that several test files share."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,16 @@ from data.sources import DATASETS
 from data.synthetic import make_images
 from models.resnet_cifar import CifarResNet
 from utils.train import command_line, engine
+
+
+def load(path: Path) -> dict:
+    """The content of a checkpoint."""
+    return torch.load(path, weights_only=True)
+
+
+def results(folder: Path) -> dict:
+    """A run's results.json."""
+    return json.loads((folder / "results.json").read_text())
 
 
 def make_tree(root: Path) -> Path:

@@ -29,6 +29,7 @@ TAUGHT, WHOLE, GRADUAL = ("distill", "prune_distill"), ("baseline", "distill"), 
 METHODS = ("baseline", "prune", *GRADUAL, *TAUGHT)
 # Options that a table sets itself; options of rows that prune, that prune gradually, and that have a teacher.
 SET_HERE = {"arch", "arch_small", "recipe", "HTrate", "prune_rate", "manualSeed", "resume", "evaluate", "widths_of"}
+USE = "use --nets, --rates, --methods and --seeds"
 OF_PRUNED = {option.name for option in OPTIONS["pruning"]}
 OF_GRADUAL = {option.name for option in ALL.values() if option.only == "gradual"}
 OF_TAUGHT = {
@@ -100,7 +101,7 @@ def plan_rows(given: dict) -> list[Row]:
     teacher_net, file = given.pop("teacher_net"), given.pop("teacher", None)
     folder = Path(given.pop("save_path", RUNS / "table"))
     for name in SET_HERE & given.keys():
-        raise UserError(f"the table sets --{name} itself; use --nets, --rates, --methods and --seeds")
+        raise UserError(f"the table sets --{name} itself; {USE}")
     for arch in (*nets, teacher_net or "resnet56"):
         models.check_arch(arch)
     given = fitted("baseline", given) if "epochs" in given else given
@@ -116,7 +117,11 @@ def plan_rows(given: dict) -> list[Row]:
         others = OF_PRUNED if recipe in WHOLE else set()
         others = others | (set() if recipe in TAUGHT else OF_TAUGHT) | (set() if recipe in GRADUAL else OF_GRADUAL)
         options = {name: value for name, value in given.items() if name not in others}
-        options |= parse(script_parser(None, recipe), flags) | dict(recipe=recipe, arch=arch, manualSeed=seed)
+        own = parse(script_parser(None, recipe), flags)
+        for name in (SET_HERE | {"teacher", "save_path"}) & own.keys():
+            remedy = USE if name in SET_HERE else "give it outside of the quotes"
+            raise UserError(f"method '{method}': the table sets --{name} itself; {remedy}")
+        options |= own | dict(recipe=recipe, arch=arch, manualSeed=seed)
         needs = None
         if recipe not in WHOLE and "macs_cut" not in options:
             options["HTrate"] = round(1 - rate, 12)

@@ -66,7 +66,8 @@ class Run:
         self._usual = {**usual, **(recipes_of(self.dataset)[recipe].get("trained", {}) if file else {})}
         self.is_small, self.is_gradual = bool(settings.get("widths_of")), recipe == "prune_gradual"
         rate = 100 * (results.get("prune_rate") or 0.0)
-        self.pruned = None if self.is_small or self.is_gradual else rate
+        began_cut = results.get("began_cut", False)
+        self.pruned = None if self.is_small or self.is_gradual or began_cut else rate
         self.costs = run_costs(results, pruned=self.pruned, small=self.is_small)
         self.data_remark = self._data_remark()
         full = max(usual["epochs"], recipe_settings("baseline", self.dataset)["epochs"])
@@ -96,10 +97,12 @@ class Run:
             name = "small network from scratch"
         elif self.is_gradual:
             name = "gradual" if self.settings["prune_end"] else "one-shot"
-        elif self.settings["v"]:
-            name = "AHSG-HT" if self.pruned else "heavy ball, unpruned"
+        elif self.results.get("prune_rate"):
+            name = "AHSG-HT" if self.settings["v"] else "HSG-HT"
+        elif self.pruned is None:
+            name = "cut network"
         else:
-            name = "HSG-HT" if self.pruned else "unpruned" if self.teacher else "baseline"
+            name = "heavy ball, unpruned" if self.settings["v"] else "unpruned" if self.teacher else "baseline"
         fine_tuned = ", fine-tuned" if self.results["recipe"] == "finetune" else ""
         return name + ("+KD" if self.teacher else "") + fine_tuned
 
@@ -123,6 +126,7 @@ class Run:
         for name in ("teacher_sha256", *(["HTrate"] if s.get("macs_cut") else [])):
             changed.pop(name, None)
         named = {n: s[n] for n in ("arch", "arch_small", "teacher") if s.get(n)}
+        named |= {"no_amp": True} if s["amp"] is False and not s["tf32"] else {}
         named |= {} if self.dataset in ("cifar10", "imagenet") else {"dataset": self.dataset}
         given = {"data_path": "DATA", "recipe": s["recipe"], **named, **changed}
         given |= {"resume": s["started_from"]} if s.get("started_from") else {}

@@ -153,6 +153,7 @@ def results_of(trainer) -> dict:
         "prune_rate": trainer.args.prune_rate,
         "seconds": sum(row["seconds"] for row in rows),
         "network": trainer.cost,
+        "began_cut": bool(trainer.numbering),
         "filters": filters,
         "command": shlex.join([*launcher(), *trainer.command]),
         **trainer.facts,

@@ -123,7 +123,8 @@ def _place(args: argparse.Namespace, checkpoint: dict | None, modified: int | No
     arch = args.student
     saved_arch = (checkpoint or {}).get("arch", arch)
     if saved_arch != arch:
-        raise UserError(f"'{args.resume}' is a checkpoint of {saved_arch}, not of {arch}; use --arch {saved_arch}")
+        flag = "arch_small" if args.arch_small else "arch"
+        raise UserError(f"'{args.resume}' is a checkpoint of {saved_arch}, not of {arch}; use --{flag} {saved_arch}")
     if args.evaluate:
         return Start(None, checkpoint)
     saved = (checkpoint or {}).get("settings")

@@ -175,11 +175,13 @@ def build_train_loader(images: data.Data, args: argparse.Namespace, device: torc
 
 
 def build_test_loader(images: data.Data, args: argparse.Namespace, device: torch.device) -> data.DataLoader:
-    """The test images in mini-batches that a process can take through the network at once; those in files, which
-    workers send through shared memory, in mini-batches as in training.
+    """The test images in mini-batches that a process can take through the network at once: as in training, or in memory
+    more where images are small.
     """
     in_files = isinstance(images.test, data.ImageFiles)
-    size = args.batch_size if in_files else EVALUATION_BATCH
+    _, height, width = images.test.image_shape
+    # Those in files go through shared memory, from worker processes.
+    size = args.batch_size if in_files else max(args.batch_size, EVALUATION_BATCH * 32 * 32 // (height * width))
     size = min(size, args.max_images_per_step * world_size()) if args.max_images_per_step else size
     # Images in memory are handed out faster than a worker process could send them.
     loader = data.DataLoader(images.test, size, **(worker_options(args, device) if in_files else {}))

@@ -79,6 +79,8 @@ class Trainer:
         means, saved_means: of the training pass under way; those of a checkpoint that it continues from.
         saved: file, epochs and mini-batches of the latest checkpoint.
         kept_at_start: filters of the checkpoint that the run started from.
+        numbering: {weight: numbers in the unpruned network of the filters that it began with}, {} where it began whole.
+        cost, shapes: of the unpruned network.
     """
 
     def __init__(
@@ -118,17 +120,13 @@ class Trainer:
         saved = start.checkpoint if start.continues and "settings" in start.checkpoint else {}
         # Of the unpruned network, also where the run starts from one that has been cut already.
         first = start.checkpoint or {}
-        self.cost = first.get("cost")
+        self.numbering = saved.get("numbering", {}) if saved else first.get("kept", {})
+        self.cost, self.shapes = first.get("cost"), first.get("shapes")
         if self.cost is None or first.get("input_shape") != self.network_facts["input_shape"]:
-            full = models.build_full(first, self.arch, args.resume) if self.cost else copy.deepcopy(net).cpu()
+            is_cut = self.cost or self.numbering
+            full = models.build_full(first, self.arch, args.resume) if is_cut else copy.deepcopy(net).cpu()
             self.cost = count(full, self.example)._asdict()
-        self.shapes = first.get("shapes") or {n: list(p.shape) for n, p in net.named_parameters() if p.dim() == 4}
-        # Numbers of the network's filters in the unpruned one, where it begins cut. A small network's file counts as a
-        # network of its own.
-        if saved:
-            self.numbering = saved.get("numbering", {})
-        else:
-            self.numbering = {} if first.get("small") else first.get("kept", {})
+            self.shapes = self.shapes or {n: list(p.shape) for n, p in full.named_parameters() if p.dim() == 4}
         self.convolutions = plan_convolutions(net, optimizer)
         self.thresholds = isinstance(optimizer, AHSG_HT) and any(layer.removed for layer in self.convolutions)
         # Before weights are restored: DistributedDataParallel gives every rank the BatchNorm statistics of the first.
@@ -216,7 +214,7 @@ class Trainer:
         """Training pass, cut of the network, test pass, checkpoint and metrics of one epoch."""
         trained = self._train_epoch(epoch)
         self.run.log(format_pass("Train", trained))
-        if self.pruning and self.position:
+        if self.pruning:
             self._cut(self.steps_before(epoch + 1))
         tested = evaluate(self.net, self.test_loader, self.device, on_batch=self._stop_while_testing)
         self.run.log(format_pass("Test", tested))
@@ -369,7 +367,7 @@ class Trainer:
         if not self.history:
             return None
         with self._explained():
-            if is_first() and (self.thresholds or self.pruning):
+            if is_first() and (self.thresholds or self.pruning or self.numbering):
                 self.facts["small"] = report.write_small_network(self)
             results = report.write_report(self, curves=True)
         last, best, epoch = (results[name] for name in ("last_epoch_accuracy", "best_epoch_accuracy", "best_epoch"))
