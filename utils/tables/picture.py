@@ -9,15 +9,17 @@ from utils.tables.runs import SeedGroup
 
 # Points of accuracy below the best that a panel shows.
 SHOWN = 25
+XLABEL = "multiply-adds (millions): published by their cut; own counted, hollow by the papers' formula"
 
 
 def draw_accuracy(groups: list[SeedGroup], published: list[Published], path: Path) -> bool:
     """Writes a PNG, a panel per network: full-length runs beside published rows or, where there is none, shorter ones.
 
-    Published rows stand at the multiply-adds that their cut leaves of the network here, own ones at those counted.
-    Bars: published, standard deviation; own, 95 % interval. Returns whether there was anything to draw.
+    Published rows stand at the multiply-adds that their cut leaves of the network here; own ones at those counted and,
+    hollow, at those that the papers' formula leaves, where it is known. Bars: published, standard deviation; own, 95 %
+    interval. Returns whether there was anything to draw.
     """
-    panels: dict[str, list[tuple]] = {}  # title: (millions of multiply-adds, accuracy, bar, label, own)
+    panels: dict[str, list[tuple]] = {}  # title: (millions of multiply-adds, by formula, accuracy, bar, label, own)
     with_full = {(group.first.dataset, group.first.arch) for group in groups if group.is_comparable}
     for group in sorted(groups, key=lambda group: -group.mean):
         run, costs = group.first, group.first.costs
@@ -31,9 +33,11 @@ def draw_accuracy(groups: list[SeedGroup], published: list[Published], path: Pat
             rows = [row for row in published if (row.dataset, row.arch) == like and row.macs_cut is not None]
             at = [costs.full * (1 - row.macs_cut / 100) / 1e6 for row in rows]
             labels = [f"{row}{', pretrained' if row.init == 'pretrained' else ''}" for row in rows]
-            panels[title] = [(x, r.acc, r.acc_std, label, False) for x, r, label in zip(at, rows, labels, strict=True)]
+            points = zip(at, rows, labels, strict=True)
+            panels[title] = [(x, None, row.acc, row.acc_std, label, False) for x, row, label in points]
         label = f"OWN {group.mean:.2f} {run.name}, {run.epochs} epochs"
-        panels.setdefault(title, []).append((costs.left / 1e6, group.mean, group.half_width, label, True))
+        formula = costs.full * (1 - costs.formula_cut) / 1e6 if costs.formula_cut else None
+        panels.setdefault(title, []).append((costs.left / 1e6, formula, group.mean, group.half_width, label, True))
     if not panels:
         return False
     from matplotlib.figure import Figure
@@ -42,14 +46,17 @@ def draw_accuracy(groups: list[SeedGroup], published: list[Published], path: Pat
     figure = Figure(figsize=(12, sum(heights)), layout="constrained")
     axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
     for panel, (title, points) in zip(axes, panels.items(), strict=True):
-        for i, (macs, accuracy, bar, label, own) in enumerate(sorted(points, key=lambda point: -point[1])):
+        for i, (macs, formula, accuracy, bar, label, own) in enumerate(sorted(points, key=lambda point: -point[2])):
             marker = ("oDv^" if own else "sPX*")[i // 10 % 4]
             style = dict(fmt=marker, markersize=8) if own else dict(fmt=marker, markersize=5, alpha=0.7)
             panel.errorbar(macs, accuracy, yerr=bar, color=f"C{i % 10}", capsize=3, label=label, **style)
+            if formula:
+                panel.plot([macs, formula], [accuracy] * 2, f"C{i % 10}", linewidth=1)
+                panel.plot(formula, accuracy, f"C{i % 10}{marker}", markersize=8, markerfacecolor="white")
         panel.set_title(title, loc="left", fontsize=9)
-        panel.set(xlabel="multiply-adds (millions): published by their cut, own counted", ylabel="top-1 accuracy (%)")
+        panel.set(xlabel=XLABEL, ylabel="top-1 accuracy (%)")
         # A run that failed would squeeze all others; it is named in the legend.
-        panel.set_ylim(bottom=max(panel.get_ylim()[0], max(accuracy for _, accuracy, *_ in points) - SHOWN))
+        panel.set_ylim(bottom=max(panel.get_ylim()[0], max(point[2] for point in points) - SHOWN))
         panel.grid(alpha=0.25)
         panel.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7, frameon=False)
     content = io.BytesIO()
