@@ -34,7 +34,7 @@ from utils.train.distributed import (
     on_all,
     process_group,
 )
-from utils.train.resume import choose_start
+from utils.train.resume import Start, choose_start
 from utils.train.trainer import Trainer
 
 SCRIPT = "imagenet_resnet_test.py"
@@ -62,6 +62,7 @@ def settings(given: dict, adopted: dict) -> argparse.Namespace:
         raise UserError(f"name the folder of the images: python {SCRIPT} DATA")
     for arch in (args.arch, args.student):
         models.check_torchvision_arch(arch)
+    args.image_size = args.image_size or SIZES.get(args.student, 224)
     if args.workers is None:
         args.workers = usable_cores() // local_world_size()
     return args
@@ -69,8 +70,9 @@ def settings(given: dict, adopted: dict) -> argparse.Namespace:
 
 def load_images(args: argparse.Namespace) -> data.Data:
     """The image files, decoded when they are needed."""
-    size = args.image_size or SIZES.get(args.student, 224)
-    return data.load_imagenet(args.data_path, size=size, seed=args.manualSeed, on_bad_image=args.on_bad_image)
+    return data.load_imagenet(
+        args.data_path, size=args.image_size, seed=args.manualSeed, on_bad_image=args.on_bad_image
+    )
 
 
 def build_network(args: argparse.Namespace, images: data.Data, checkpoint: dict | None) -> nn.Module:
@@ -85,7 +87,7 @@ def build_network(args: argparse.Namespace, images: data.Data, checkpoint: dict 
     return net
 
 
-def load_trained(net: nn.Module, args: argparse.Namespace, images: data.Data) -> str | None:
+def load_trained(net: nn.Module, args: argparse.Namespace, images: data.Data, start: Start) -> str | None:
     """Loads the weights of --use_pretrain into a new network, and normalises the images as they need it; where they
     came from, None without.
     """
@@ -93,8 +95,7 @@ def load_trained(net: nn.Module, args: argparse.Namespace, images: data.Data) ->
         return None
     file = None if args.use_pretrain == "torchvision" else args.use_pretrain
     source, normalisation = first_on_machine(lambda: load_pretrained(net, args.student, file))
-    if normalisation:
-        images.normalise_as(**normalisation)
+    setup.normalise_as(images, normalisation, source, start)
     return source
 
 
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> Path | None:
 
         # Networks and teacher.
         net = on_all(lambda: build_network(args, images, start.checkpoint))
-        source = load_trained(net, args, images)
+        source = load_trained(net, args, images, start)
         net = setup.place_network(net, args, device)
         if args.evaluate:
             return setup.test_only(net, images, args, device, start, args.resume or source)

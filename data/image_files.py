@@ -149,7 +149,7 @@ def read_rgb(path: str) -> Image.Image:
 
 def _decode(path: str) -> Image.Image:
     with Image.open(path) as image:
-        if image.mode.startswith("I"):
-            # Pillow's own conversion clips 16-bit grey, "I;16" or in older versions "I", at 255.
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            # Pillow's own conversion clips 16-bit grey at 255. Older versions read such a PNG as "I".
             return Image.fromarray((np.array(image) >> 8).astype(np.uint8)).convert("RGB")
         return image.convert("RGB")

@@ -12,7 +12,8 @@ from models.small import narrow_like
 from utils.base import checkpoint as checkpoints
 from utils.base.errors import UserError
 
-# torchvision's networks whose weights were trained on images of mean and std 0.5; all others' have ImageNet's.
+# torchvision's networks whose weights were trained on images of mean and std 0.5; all others' have ImageNet's. A file
+# of such a network that names neither is taken to hold torchvision's weights.
 OF_HALF = ("efficientnet_v2_l", "googlenet", "inception_v3")
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
 

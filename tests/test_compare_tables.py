@@ -17,6 +17,7 @@ from utils.compare_tables import main
 from utils.tables.compare import comparison_line, order, published_beside
 from utils.tables.costs import papers_cut
 from utils.tables.markdown import BEGIN, END, NONE_YET, make_report, readme_block, replace_block, update
+from utils.tables.picture import panels_of
 from utils.tables.published import PUBLISHED, read_published
 from utils.tables.runs import ROOT, describe_source, find_runs, read_run
 from utils.tables.statistics import half_width, half_width_of_difference
@@ -226,6 +227,7 @@ OF_TRAINED = dict(started_from="x.th", learning_rate=0.05, warmup=0.0, HTrate=1.
         (dict(recipe="distill", teacher="t"), "unpruned+KD"),
         (dict(recipe="finetune"), "AHSG-HT, fine-tuned 30 %"),
         (dict(recipe="finetune", HTrate=1.0, v=0.0, changes=CUT), "cut network, fine-tuned, no heavy ball"),
+        (dict(changes=CUT), "AHSG-HT 30 % of a cut network"),
         (dict(recipe="prune_gradual", changes=dict(arithmetic="TF32, 2 processes")), "gradual 30 %, TF32, 2 processes"),
         (dict(recipe="prune_gradual", prune_begin=0, prune_end=0, **OF_TRAINED), "one-shot 50 % of multiply-adds"),
         (
@@ -253,10 +255,23 @@ def test_runs_are_pooled_when_they_differ_by_seed_and_place_only_and_the_rest_is
     for seed, sha in ((7, "00"), (8, "00"), (9, "11")):
         teacher = {"arch": "resnet56", "accuracy": 93.2, "sha256": sha}
         put(f"t{seed}", "prune_distill", seed=seed, teacher=f"{seed}.tar", changes={"teacher": teacher})
+    for seed, left in ((10, 20_000_000), (11, 20_000_000), (12, 21_000_000)):
+        small = {"before": {"multiply_adds": 40_551_040}, "after": {"multiply_adds": left}}
+        put(f"cut{seed}", seed=seed, changes=dict(began_cut=True, small=small))
     put("u", last=80.0)
     put("v", seed=2, changes=dict(finished=False, epochs_done=20))
     found, notes = find_runs([tmp_path])
-    assert sorted(tuple(group.last) for group in found) == [(1, 2), (3,), (4,), (5,), (6,), (7, 8), (9,)]
+    assert sorted(tuple(group.last) for group in found) == [
+        (1, 2),
+        (3,),
+        (4,),
+        (5,),
+        (6,),
+        (7, 8),
+        (9,),
+        (10, 11),
+        (12,),
+    ]
     assert "u repeats seed 1 (80.00 %)" in notes[0] and "20 of 200 epochs" in notes[1]
 
 
@@ -294,6 +309,13 @@ def test_the_printed_commands_give_the_settings_of_the_committed_runs():
         assert {n: settings.get(n) for n in more} == {n: run.settings.get(n) for n in more}, run.folder
         assert given.get("resume") == run.settings.get("started_from")
     assert len(runs) > 50
+
+
+def test_the_picture_has_own_networks_by_count_and_by_the_papers_formula():
+    (points,) = panels_of(groups(ROOT / "results/from-random-200-epochs"), read_published()).values()
+    (own,), (sfp, *_) = ([p for p in points if p.is_own], [p for p in points if p.label.startswith("SFP")])
+    assert own.accuracy == pytest.approx(90.5) and own.macs == pytest.approx(22.38, abs=0.01)
+    assert own.formula == pytest.approx(sfp.macs, abs=0.02) and sfp.formula is None, "as many filters as in SFP"
 
 
 @pytest.mark.parametrize(("settings", "flag"), [(dict(amp=False), "--no_amp"), (dict(amp=False, tf32=True), "--tf32")])

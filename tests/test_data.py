@@ -17,6 +17,7 @@ from torch import nn
 
 import data
 from data import DataLoader, ImageArrays, Spec, image_trees, sources, synthetic
+from data.image_files import read_rgb
 from data.images import crop_and_flip, draw_crops_and_flips, normalise
 from utils.base import files
 from utils.base.errors import UserError
@@ -223,6 +224,12 @@ def test_grey_images_of_16_bits_keep_their_high_bytes(tmp_path):
     grey = pixels(1)[0, 0]
     for path, image in (("8", grey.numpy()), ("16", grey.numpy().astype(np.uint16) * 256 + 7)):
         assert torch.equal(read_one(tmp_path / path, Image.fromarray(image)), grey.expand(3, -1, -1))
+    # These Pillow reads as 32-bit grey.
+    wide = Image.fromarray(grey.numpy().astype(np.int32))
+    assert torch.equal(read_one(tmp_path / "32", wide, "x.tif"), grey.expand(3, -1, -1))
+    pgm = b"P5 32 32 65535\n" + (grey.numpy().astype(np.uint16) * 256 + 7).astype(">u2").tobytes()
+    (tmp_path / "x.pgm").write_bytes(pgm)
+    assert np.array_equal(np.array(read_rgb(str(tmp_path / "x.pgm")))[..., 0], grey.numpy())
 
 
 @pytest.mark.parametrize("size", [32, 48])

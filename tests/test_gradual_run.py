@@ -131,6 +131,15 @@ def test_a_run_that_goes_on_keeps_its_plan(train, whole, change):
         train("--resume", whole / NAME, *change, "--epochs", 5, "--save_path", "other")
 
 
+def test_a_run_that_begins_before_the_first_cut_begins_whole(train, monkeypatch):
+    flags = [*GRADUAL, "--macs_cut", 0.5, "--save_path", "part"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 5)
+        train(*flags)
+    folder = train("--recipe", "baseline", "--resume", f"part/{NAME}", "--epochs", 1)
+    assert not tiny.results(folder)["began_cut"] and read_run(folder / "results.json").name.startswith("baseline")
+
+
 def test_the_best_epoch_is_one_of_the_pruned_network(train, teacher):
     """A trained network that hardly trains and then loses most of its filters: the first epoch has them all."""
     flags = ["--warmup", 0, "--lr", 1e-4, "--HTrate", 0.3, "--prune_begin", 0.5, "--prune_end", 0.9]
@@ -151,10 +160,24 @@ def test_fine_tuning_a_cut_network_counts_in_the_unpruned_one(train, whole):
     assert results["began_cut"] and not first["began_cut"]
     assert read_run(tuned / "results.json").name.startswith("cut network, fine-tuned")
     # The small network's file is as good a start, and is not numbered anew.
-    small = whole / "small.resnet8.pth.tar"
-    again = train("--recipe", "finetune", "--resume", small, "--epochs", 1, "--v", 0, "--batch_size", 16, "--k", 24)
+    small = ["--resume", whole / "small.resnet8.pth.tar", "--epochs", 1]
+    again = train("--recipe", "finetune", *small, "--v", 0, "--batch_size", 16, "--k", 24)
     results = tiny.results(again)
     assert (results["network"], results["filters"]) == (first["network"], first["filters"])
+    further = train(*GRADUAL[:-2], "--HTrate", 0.7, *small)
+    assert "one-shot 30 % of a cut network" in read_run(further / "results.json").name
+    results = tiny.results(further)
+    assert results["network"] == first["network"] and results["small"]["before"] == first["network"]
+    for layer, before in zip(results["filters"], first["filters"], strict=True):
+        assert layer["shape"] == before["shape"] and set(layer["kept_indices"]) < set(before["kept_indices"])
+
+
+def test_a_cut_network_is_distilled_with_new_adapters(train, whole, teacher):
+    """Its features are narrower than the teacher's; the saved optimizer knows nothing of the linear map."""
+    flags = ["--arch_small", "resnet8", "--teacher", teacher, "--resume", whole / NAME, "--epochs", 1]
+    folder = train("--recipe", "distill", *flags, "--batch_size", 16)
+    (weight,) = (value for value in load(folder)["adapters"].values() if value.dim() > 1)
+    assert weight.shape[0] == 64 > weight.shape[1] and tiny.results(folder)["began_cut"]
 
 
 def test_a_network_in_training_is_compiled_after_every_cut(monkeypatch):

@@ -16,7 +16,8 @@ from models.load import OF_HALF
 from utils.base.errors import UserError
 from utils.base.torchvision_import import import_torchvision
 from utils.train import setup
-from utils.train.options import identity
+from utils.train.options import phrase
+from utils.train.resume import Start
 
 NAME = "checkpoint.resnet18.pth.tar"
 SIZE = 64
@@ -98,7 +99,9 @@ def test_torchvisions_weights_get_images_of_the_mean_and_std_that_they_were_trai
     flags = ["-a", "googlenet", "-j", "0", "--image_size", "64", "--use_pretrain", str(tmp_path / "googlenet.pth")]
     args = settings_of(script, [str(jpegs), *flags])
     images = script.load_images(args)
-    script.load_trained(net, args, images)
+    start = Start(None)
+    script.load_trained(net, args, images, start)
+    assert "normalised as those of" in start.notes[0] and "googlenet.pth" in start.notes[0]
     pixels = images.test[0][0][None]
     transformed = torchvision.models.GoogLeNet(transform_input=True, aux_logits=False, init_weights=False)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
@@ -111,7 +114,7 @@ def test_images_are_scaled_to_224_or_what_the_network_is_for(jpegs):
     for flags, size in ((["-a", "resnet50"], 224), (["-a", "inception_v3"], 299), (["--image_size", "64"], 64)):
         args = settings_of(script, [str(jpegs), *flags])
         assert script.load_images(args).train.image_shape == (3, size, size)
-    assert identity(vars(settings_of(script, ["DATA"])))["image_size"] is None
+    assert phrase("image_size", settings_of(script, ["DATA"]).image_size) == "", "tables do not speak of it"
 
 
 def test_as_many_workers_as_cores(monkeypatch):

@@ -157,7 +157,7 @@ def test_fine_tuning_takes_over_momentum_and_what_stays_removed(train, monkeypat
             gone = weight.flatten(1).eq(0).all(1)
             removed += int(gone.sum())
             assert not tuned[name][gone].any() and not torch.equal(tuned[name], weight)
-    assert removed == 120, "half of 16 x 3, 32 x 2 and 64 x 2, less ..."
+    assert removed == 120, "half of the filters"
 
 
 def test_the_readmes_commands_are_understood():

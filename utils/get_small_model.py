@@ -21,7 +21,7 @@ from utils.small.cut import make_small
 from utils.small.output import COMPARED, check_export, export, small_table, write_small
 from utils.train.device import flush_denormals
 from utils.train.run_folder import check_writable
-from utils.train.setup import EVALUATION_BATCH
+from utils.train.setup import evaluation_batch
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -81,7 +81,7 @@ def load_images(dataset: str, path: str, size: int) -> data.Data:
 def compare_predictions(net: nn.Module, small: nn.Module, test: data.ImageArrays | data.ImageFiles) -> str:
     """Accuracy of both and how many predictions agree, over a whole test set, in one line."""
     n = same = before = after = 0
-    for images, labels in data.DataLoader(test, EVALUATION_BATCH):
+    for images, labels in data.DataLoader(test, evaluation_batch(test)):
         images = test.normalise(images)
         of_net, of_small = net(images).argmax(1), small(images).argmax(1)
         same += int((of_net == of_small).sum())

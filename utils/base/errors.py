@@ -44,7 +44,9 @@ def run_main(main: Callable[[], object]) -> None:
         named = f": '{error.filename}'; check the path and its permissions" if error.filename else ""
         _exit(f"{error.strerror or error}{named}")
     except torch.cuda.OutOfMemoryError:
-        _exit("the GPU's memory is full; use a smaller --max_images_per_step; the last checkpoint is intact")
+        _exit(
+            "the GPU's memory is full; use smaller mini-batches (in training --max_images_per_step); files are intact"
+        )
 
 
 def _exit(message: str, of_one_rank: bool = True) -> None:

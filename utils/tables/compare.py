@@ -16,15 +16,15 @@ def published_beside(run: Run, rows: list[Published]) -> dict[Published, str]:
 
     As much is an equal share of the filters where both have one share for all layers, otherwise multiply-adds cut
     within NEAR points. What a tied network saves by count is more than the papers' formula, which leaves streams whole,
-    says of the same filters; so runs of prune_gradual stand beside rows that are near by either. Unpruned runs without
-    a teacher stand beside unpruned rows without one.
+    says of the same filters; so runs whose layers differ stand beside rows that are near by either. Unpruned runs
+    without a teacher stand beside unpruned rows without one.
 
     Returns:
         {row: "as many filters" (by the formula) or "as many multiply-adds" (by count); "" where it is near by both or
         the run has but one figure}.
     """
     formula, counted = (None if cut is None else 100 * cut for cut in (run.costs.formula_cut, run.costs.cut))
-    if not run.is_gradual or formula is None:
+    if run.pruned is not None or formula is None:
         formula = counted = formula if formula is not None else counted
 
     def as_much(row: Published) -> str | None:

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import NamedTuple
 
 from utils.base.files import replace_file
 from utils.tables.published import Published
@@ -12,14 +13,22 @@ SHOWN = 25
 XLABEL = "multiply-adds (millions): published by their cut; own counted, hollow by the papers' formula"
 
 
-def draw_accuracy(groups: list[SeedGroup], published: list[Published], path: Path) -> bool:
-    """Writes a PNG, a panel per network: full-length runs beside published rows or, where there is none, shorter ones.
+class Point(NamedTuple):
+    """Millions of multiply-adds, as counted or published and, of own networks, by the papers' formula; top-1 in %."""
 
-    Published rows stand at the multiply-adds that their cut leaves of the network here; own ones at those counted and,
-    hollow, at those that the papers' formula leaves, where it is known. Bars: published, standard deviation; own, 95 %
-    interval. Returns whether there was anything to draw.
+    macs: float
+    formula: float | None
+    accuracy: float
+    bar: float | None
+    label: str
+    is_own: bool
+
+
+def panels_of(groups: list[SeedGroup], published: list[Published]) -> dict[str, list[Point]]:
+    """{title: points}, a panel per network: full-length runs beside published rows or, where there is none, shorter
+    ones. Published rows stand at the multiply-adds that their cut leaves of the network here.
     """
-    panels: dict[str, list[tuple]] = {}  # title: (millions of multiply-adds, by formula, accuracy, bar, label, own)
+    panels: dict[str, list[Point]] = {}
     with_full = {(group.first.dataset, group.first.arch) for group in groups if group.is_comparable}
     for group in sorted(groups, key=lambda group: -group.mean):
         run, costs = group.first, group.first.costs
@@ -34,10 +43,18 @@ def draw_accuracy(groups: list[SeedGroup], published: list[Published], path: Pat
             at = [costs.full * (1 - row.macs_cut / 100) / 1e6 for row in rows]
             labels = [f"{row}{', pretrained' if row.init == 'pretrained' else ''}" for row in rows]
             points = zip(at, rows, labels, strict=True)
-            panels[title] = [(x, None, row.acc, row.acc_std, label, False) for x, row, label in points]
+            panels[title] = [Point(x, None, row.acc, row.acc_std, label, False) for x, row, label in points]
         label = f"OWN {group.mean:.2f} {run.name}, {run.epochs} epochs"
         formula = costs.full * (1 - costs.formula_cut) / 1e6 if costs.formula_cut else None
-        panels.setdefault(title, []).append((costs.left / 1e6, formula, group.mean, group.half_width, label, True))
+        panels.setdefault(title, []).append(Point(costs.left / 1e6, formula, group.mean, group.half_width, label, True))
+    return panels
+
+
+def draw_accuracy(groups: list[SeedGroup], published: list[Published], path: Path) -> bool:
+    """Writes a PNG of `panels_of`; own points by the papers' formula are hollow. Bars: published, standard deviation;
+    own, 95 % interval. Returns whether there was anything to draw.
+    """
+    panels = panels_of(groups, published)
     if not panels:
         return False
     from matplotlib.figure import Figure
@@ -46,17 +63,18 @@ def draw_accuracy(groups: list[SeedGroup], published: list[Published], path: Pat
     figure = Figure(figsize=(12, sum(heights)), layout="constrained")
     axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
     for panel, (title, points) in zip(axes, panels.items(), strict=True):
-        for i, (macs, formula, accuracy, bar, label, own) in enumerate(sorted(points, key=lambda point: -point[2])):
-            marker = ("oDv^" if own else "sPX*")[i // 10 % 4]
-            style = dict(fmt=marker, markersize=8) if own else dict(fmt=marker, markersize=5, alpha=0.7)
-            panel.errorbar(macs, accuracy, yerr=bar, color=f"C{i % 10}", capsize=3, label=label, **style)
-            if formula:
-                panel.plot([macs, formula], [accuracy] * 2, f"C{i % 10}", linewidth=1)
-                panel.plot(formula, accuracy, f"C{i % 10}{marker}", markersize=8, markerfacecolor="white")
+        for i, point in enumerate(sorted(points, key=lambda point: -point.accuracy)):
+            color, marker = f"C{i % 10}", ("oDv^" if point.is_own else "sPX*")[i // 10 % 4]
+            style = dict(fmt=marker, markersize=8) if point.is_own else dict(fmt=marker, markersize=5, alpha=0.7)
+            style |= dict(yerr=point.bar, color=color, capsize=3, label=point.label)
+            panel.errorbar(point.macs, point.accuracy, **style)
+            if point.formula:
+                panel.plot([point.macs, point.formula], [point.accuracy] * 2, color, linewidth=1)
+                panel.plot(point.formula, point.accuracy, color + marker, markersize=8, markerfacecolor="white")
         panel.set_title(title, loc="left", fontsize=9)
         panel.set(xlabel=XLABEL, ylabel="top-1 accuracy (%)")
         # A run that failed would squeeze all others; it is named in the legend.
-        panel.set_ylim(bottom=max(panel.get_ylim()[0], max(point[2] for point in points) - SHOWN))
+        panel.set_ylim(bottom=max(panel.get_ylim()[0], max(point.accuracy for point in points) - SHOWN))
         panel.grid(alpha=0.25)
         panel.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7, frameon=False)
     content = io.BytesIO()

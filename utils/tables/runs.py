@@ -76,9 +76,11 @@ class Run:
         cut = f" {100 * settings['macs_cut']:g} % of multiply-adds" if settings.get("macs_cut") else ""
         small_of = [f"of {results.get('widths_from') or 'unknown'}"] if self.is_small else []
         method = self._method() + (cut or (f" {rate:g} %" if rate else ""))
+        method += " of a cut network" if began_cut and (cut or rate) else ""
         special = self._special()
         self.name, self.is_usual = ", ".join([method, *small_of, *special]), not special
         own = [self.dataset, recipe, self.arch, teacher.get("arch"), teacher.get("sha256"), small_of, self.epochs]
+        own += [self.costs.left] if began_cut else []
         self.key = json.dumps(
             [identity(settings), own, self.started_from, self.images, self.arithmetic], sort_keys=True
         )

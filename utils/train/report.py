@@ -153,7 +153,7 @@ def results_of(trainer) -> dict:
         "prune_rate": trainer.args.prune_rate,
         "seconds": sum(row["seconds"] for row in rows),
         "network": trainer.cost,
-        "began_cut": bool(trainer.numbering),
+        "began_cut": bool(trainer.numbering) and any(layer["kept"] < layer["shape"][0] for layer in filters),
         "filters": filters,
         "command": shlex.join([*launcher(), *trainer.command]),
         **trainer.facts,

@@ -34,8 +34,6 @@ from utils.train.resume import Start
 from utils.train.run_folder import RunFolder, SilentFolder
 from utils.train.teacher_cache import TeacherCache
 
-EVALUATION_BATCH = 500
-
 
 def load_teacher(args: argparse.Namespace, script: str) -> tuple[nn.Module, dict] | None:
     """The network of --teacher and the checkpoint it is from, checked against --arch; None for a run without.
@@ -179,14 +177,19 @@ def build_test_loader(images: data.Data, args: argparse.Namespace, device: torch
     more where images are small.
     """
     in_files = isinstance(images.test, data.ImageFiles)
-    _, height, width = images.test.image_shape
     # Those in files go through shared memory, from worker processes.
-    size = args.batch_size if in_files else max(args.batch_size, EVALUATION_BATCH * 32 * 32 // (height * width))
+    size = args.batch_size if in_files else max(args.batch_size, evaluation_batch(images.test))
     size = min(size, args.max_images_per_step * world_size()) if args.max_images_per_step else size
     # Images in memory are handed out faster than a worker process could send them.
     loader = data.DataLoader(images.test, size, **(worker_options(args, device) if in_files else {}))
     data.check_shared_memory(loader, processes=local_world_size())
     return loader
+
+
+def evaluation_batch(images) -> int:
+    """Images of a set that go through a network at once where nothing is trained: 500 of 32x32."""
+    _, height, width = images.image_shape
+    return max(1, 500 * 32 * 32 // (height * width))
 
 
 def worker_options(args: argparse.Namespace, device: torch.device) -> dict:
@@ -221,11 +224,16 @@ def prepare_process(args: argparse.Namespace) -> None:
 
 def use_normalisation(images: data.Data, start: Start) -> dict:
     """Normalises the images as the network of the start's checkpoint was trained with; the data set's own otherwise."""
-    usual, wanted = images.normalisation, (start.checkpoint or {}).get("normalisation")
-    if wanted and wanted != usual:
-        images.normalise_as(**wanted)
-        start.notes.append(f"images are normalised as those of the checkpoint: {wanted}")
+    usual = images.normalisation
+    normalise_as(images, (start.checkpoint or {}).get("normalisation"), "the checkpoint", start)
     return usual
+
+
+def normalise_as(images: data.Data, wanted: dict | None, origin: str, start: Start) -> None:
+    """Normalises images by this mean and std, None for their own; the log has a note where they are others."""
+    if wanted and wanted != images.normalisation:
+        images.normalise_as(**wanted)
+        start.notes.append(f"images are normalised as those of {origin}: {wanted}")
 
 
 def check_input(net: nn.Module, images: data.Data, args: argparse.Namespace) -> None:

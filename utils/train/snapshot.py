@@ -1,5 +1,7 @@
 """What a run keeps of itself: the content of its checkpoints, and how a new process continues from it."""
 
+from itertools import islice
+
 import torch
 
 from utils.base import checkpoint as checkpoints
@@ -57,7 +59,8 @@ def restore(trainer, checkpoint: dict, path: str, *, continues: bool) -> None:
         checkpoints.load_weights(trainer.adapters, checkpoint["adapters"], path)
     if "optimizer" in checkpoint:
         saved = checkpoint["optimizer"]
-        restore_optimizer(trainer.optimizer, saved if continues else without_adapters(saved, trainer.net), path)
+        saved = saved if continues else for_new_run(saved, trainer.net, trainer.optimizer)
+        restore_optimizer(trainer.optimizer, saved, path)
     if not continues:
         return
     trainer.epochs_done = checkpoint.get("epoch", 0)
@@ -120,15 +123,17 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str) 
                 state[name] = torch.empty_like(p, requires_grad=False).copy_(value)
 
 
-def without_adapters(saved: dict, net: torch.nn.Module) -> dict:
-    """A saved optimizer less what it holds beyond the parameters of a network: the adapters of a distilled run."""
-    left, groups = len(list(net.parameters())), []
-    for group in saved.get("param_groups", []):
-        params = group.get("params", [])[:left]
-        left -= len(params)
-        groups += [{**group, "params": params}] if params else []
-    known = {key for group in groups for key in group["params"]}
-    return {**saved, "param_groups": groups, "state": {k: v for k, v in saved.get("state", {}).items() if k in known}}
+def for_new_run(saved: dict, net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """A saved optimizer for another run of the same network: what it holds beyond the network's parameters, the
+    adapters of a distilled run, is left out, and this run's adapters begin without a state.
+    """
+    saved, count = _prev_data_in_state(saved), len(list(net.parameters()))
+    keys = [key for group in saved["param_groups"] for key in group.get("params", [])][:count]
+    state = {key: value for key, value in saved["state"].items() if key in keys}
+    keys += [f"new {i}" for i in range(sum(len(group["params"]) for group in optimizer.param_groups) - count)]
+    left = iter(keys)
+    groups = [{"params": list(islice(left, len(group["params"])))} for group in optimizer.param_groups]
+    return {"param_groups": groups, "state": state}
 
 
 def _prev_data_in_state(saved: dict) -> dict:

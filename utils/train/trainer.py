@@ -79,7 +79,7 @@ class Trainer:
         means, saved_means: of the training pass under way; those of a checkpoint that it continues from.
         saved: file, epochs and mini-batches of the latest checkpoint.
         kept_at_start: filters of the checkpoint that the run started from.
-        numbering: {weight: numbers in the unpruned network of the filters that it began with}, {} where it began whole.
+        numbering: {weight: numbers in the unpruned network of the filters that it began with}; {} for all of them.
         cost, shapes: of the unpruned network.
     """
 
@@ -123,8 +123,7 @@ class Trainer:
         self.numbering = saved.get("numbering", {}) if saved else first.get("kept", {})
         self.cost, self.shapes = first.get("cost"), first.get("shapes")
         if self.cost is None or first.get("input_shape") != self.network_facts["input_shape"]:
-            is_cut = self.cost or self.numbering
-            full = models.build_full(first, self.arch, args.resume) if is_cut else copy.deepcopy(net).cpu()
+            full = models.build_full(first, self.arch, args.resume) if first.get("kept") else copy.deepcopy(net).cpu()
             self.cost = count(full, self.example)._asdict()
             self.shapes = self.shapes or {n: list(p.shape) for n, p in full.named_parameters() if p.dim() == 4}
         self.convolutions = plan_convolutions(net, optimizer)
@@ -360,9 +359,8 @@ class Trainer:
         return f"'{file}' holds {epochs} of {self.args.epochs} epochs{within}"
 
     def finish(self) -> dict | None:
-        """Writes the small network of a pruned run, curves.png and results.json; the results, None without an epoch.
-
-        Also when no epoch was left: the run may have been killed between its last checkpoint and its results.
+        """Writes the small network where filters are gone, curves.png and results.json; the results, None without an
+        epoch. Also when no epoch was left: the run may have been killed between its last checkpoint and its results.
         """
         if not self.history:
             return None
