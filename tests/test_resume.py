@@ -74,9 +74,9 @@ def test_what_changed_is_named_and_what_is_finished_stays(train, tree, capsys):
     (tree.parent / "cut.pth.tar").write_bytes(before[:5000])
     with pytest.raises(UserError, match=r"cut.*damaged"):
         bare(tree, "--resume", tree.parent / "cut.pth.tar")
-    for flag in ("arch", "arch_small"):
+    for flag, taught in (("arch", []), ("arch_small", ["--recipe", "prune_distill", "--teacher", "x"])):
         with pytest.raises(UserError, match=f"checkpoint of resnet8, not of resnet20; use --{flag} resnet8"):
-            bare(tree, f"--{flag}", "resnet20", "--resume", part / NAME, "--teacher", "x")
+            bare(tree, f"--{flag}", "resnet20", "--resume", part / NAME, *taught)
 
 
 def test_another_recipe_starts_a_new_run_from_weights_and_momentum(train, tree):
