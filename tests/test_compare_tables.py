@@ -242,6 +242,12 @@ def test_what_a_run_is_follows_from_settings_not_from_folder_names(put, tmp_path
     assert groups(tmp_path)[0].first.name == describe_source(f"{folder}/small.resnet20.pth.tar") == name
 
 
+def test_imagenets_usual_size_of_images_is_not_spoken_of(put):
+    for dataset, size, spoken in (("imagenet", 224, False), ("imagenet", 64, True), ("folder", 224, True)):
+        run = read_run(put(f"{dataset}{size}", changes=dict(dataset=dataset), image_size=size) / "results.json")
+        assert (f"image_size {size}" in run.name) == (f"--image_size {size}" in run.command) == spoken
+
+
 def test_runs_are_pooled_when_they_differ_by_seed_and_place_only_and_the_rest_is_named(put, tmp_path):
     put("a", seed=1, workers=0)
     put("b", seed=2, workers=4, save_path="elsewhere")

@@ -16,7 +16,6 @@ from models.load import OF_HALF
 from utils.base.errors import UserError
 from utils.base.torchvision_import import import_torchvision
 from utils.train import setup
-from utils.train.options import phrase
 from utils.train.resume import Start
 
 NAME = "checkpoint.resnet18.pth.tar"
@@ -114,7 +113,6 @@ def test_images_are_scaled_to_224_or_what_the_network_is_for(jpegs):
     for flags, size in ((["-a", "resnet50"], 224), (["-a", "inception_v3"], 299), (["--image_size", "64"], 64)):
         args = settings_of(script, [str(jpegs), *flags])
         assert script.load_images(args).train.image_shape == (3, size, size)
-    assert phrase("image_size", settings_of(script, ["DATA"]).image_size) == "", "tables do not speak of it"
 
 
 def test_as_many_workers_as_cores(monkeypatch):

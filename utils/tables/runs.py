@@ -64,6 +64,7 @@ class Run:
         trained = f"trained {Path(file).name}" if isinstance(file, str) else "trained weights"
         self.started_from = trained if self.init == "pretrained" else "random weights"
         self._usual = {**usual, **(recipes_of(self.dataset)[recipe].get("trained", {}) if file else {})}
+        self._usual |= {"image_size": 224} if self.dataset == "imagenet" else {}
         self.is_small, self.is_gradual = bool(settings.get("widths_of")), recipe == "prune_gradual"
         rate = 100 * (results.get("prune_rate") or 0.0)
         began_cut = results.get("began_cut", False)

@@ -124,7 +124,7 @@ OPTIONS: dict[str, list[Option]] = {
         Option("dataset", "data set; folder: an image tree of your own (cifar10)", str, "cifar10",
                settings=dict(choices=DATASETS), same_run=True, batches=True, network=True, scripts="cifar"),
         Option("image_size", "height and width that images are scaled to (folder: 32; ImageNet: 224)", IMAGE_SIZE,
-               settings=dict(metavar="PIXELS"), same_run=True, network=True, recipe=True, phrases={224: ""}),
+               settings=dict(metavar="PIXELS"), same_run=True, network=True, recipe=True),
         Option("use_pretrain", "start from the weights in FILE, or without FILE from torchvision's, downloaded",
                path_name, settings=dict(nargs="?", const="torchvision", metavar="FILE"), same_run=True,
                scripts="imagenet"),

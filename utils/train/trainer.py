@@ -122,7 +122,7 @@ class Trainer:
         first = start.checkpoint or {}
         self.numbering = saved.get("numbering", {}) if saved else first.get("kept", {})
         self.cost, self.shapes = first.get("cost"), first.get("shapes")
-        if self.cost is None or first.get("input_shape") != self.network_facts["input_shape"]:
+        if None in (self.cost, self.shapes) or first.get("input_shape") != self.network_facts["input_shape"]:
             full = models.build_full(first, self.arch, args.resume) if first.get("kept") else copy.deepcopy(net).cpu()
             self.cost = count(full, self.example)._asdict()
             self.shapes = self.shapes or {n: list(p.shape) for n, p in full.named_parameters() if p.dim() == 4}
