@@ -1,5 +1,6 @@
 """What --resume means: the same run, another run that starts from a file, or a file of others."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,17 @@ def test_resume_alone_is_the_same_run_to_the_last_bit(train, tree, arch, flags):
         n: v for n, v in b["settings"].items() if n not in passing
     }
     assert len((part / "metrics.csv").read_text().splitlines()) == 4
+
+
+def test_a_continued_run_tells_how_long_it_needs_from_its_first_epoch_on(train, tree, capsys):
+    part = train("--epochs", 1)
+    checkpoint = load(part / NAME)
+    checkpoint["history"][-1]["seconds"] = 1800.0
+    torch.save(checkpoint, part / NAME)
+    capsys.readouterr()
+    bare(tree, "--resume", part / NAME, "--epochs", 4)
+    first, second, third = re.findall(r"\[Need: (.*?)\]", capsys.readouterr().out)
+    assert first == "01:30:00" and max(second, third) < "00:30:00"
 
 
 def test_what_changed_is_named_and_what_is_finished_stays(train, tree, capsys):

@@ -176,9 +176,9 @@ class Trainer:
                     step = self.steps_before(first) + self.position
                     self._prune(step)
                     self._cut(step)
-                begin = drawn = time.monotonic()
+                drawn = time.monotonic()
                 for epoch in range(first, self.args.epochs):
-                    self._log_epoch(epoch, (time.monotonic() - begin) / (epoch - first) if epoch > first else 0)
+                    self._log_epoch(epoch)
                     self._run_epoch(epoch)
                     if self.epochs_done < self.args.epochs:
                         is_due = time.monotonic() - drawn > DRAW_SECONDS
@@ -375,8 +375,9 @@ class Trainer:
         )
         return results
 
-    def _log_epoch(self, epoch: int, seconds: float) -> None:
-        """The release's line at the start of an epoch; seconds: of an epoch so far."""
+    def _log_epoch(self, epoch: int) -> None:
+        """The release's line at the start of an epoch; the time needed is counted by the epoch before."""
+        seconds = self.history[-1]["seconds"] if self.history else 0
         need, best = round(seconds * (self.args.epochs - epoch)), max(self.best, 0)
         self.run.log(
             f"\n==>>[{time.strftime(report.TIME_FORMAT)}] [Epoch={epoch:03d}/{self.args.epochs:03d}] "
