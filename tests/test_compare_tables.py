@@ -189,7 +189,7 @@ def test_a_full_row_says_everything(put, tmp_path):
     timings = [dict(device="cpu", batch_size=b, speed_up=s) for b, s in ((128, 1.25), (1, 9.0))]
     (folder / "latency.resnet20.json").write_text(json.dumps({"timings": timings}))
     parts = ["SFP 90.83 ± 0.31 (-42.2 %, FPGM-T1): **+0.17**<br>", "91.00 (91.50)", "random weights"]
-    parts += ["20.28 M (-50.0 %) | -42.2 %", "| 10, ? of ? CPU cores, in 3 pieces |", "1.25 (batch 128, cpu)"]
+    parts += ["20.28 M (-50.0 %) | -42.2 %", "| 10, last of 3 pieces on ? of ? CPU cores |", "1.25 (batch 128, cpu)"]
     text = report(tmp_path).split("\n## ")[0]
     assert all(part in text for part in [*parts, "[seed 1](pruned/log_seed_1.txt)"])
 
@@ -318,7 +318,7 @@ def test_the_printed_commands_give_the_settings_of_the_committed_runs():
 
 
 def test_the_picture_has_own_networks_by_count_and_by_the_papers_formula():
-    (points,) = panels_of(groups(ROOT / "results/from-random-200-epochs"), read_published()).values()
+    (points,) = panels_of(groups(ROOT / "results/from-random-200-epochs/A"), read_published()).values()
     (own,), (sfp, *_) = ([p for p in points if p.is_own], [p for p in points if p.label.startswith("SFP")])
     assert own.accuracy == pytest.approx(90.5) and own.macs == pytest.approx(22.38, abs=0.01)
     assert own.formula == pytest.approx(sfp.macs, abs=0.02) and sfp.formula is None, "as many filters as in SFP"
@@ -386,6 +386,9 @@ def test_the_readme_shows_recipes_as_they_are_until_there_is_a_full_run(put, tmp
     put("full")
     block = readme_block(groups(tmp_path))
     assert NONE_YET not in block and block.count("| resnet20") == 1 and "not run" not in block
+    put("better", last=91.0, decay=0.1), put("another method", "prune_gradual", last=80.0)
+    block = readme_block(groups(tmp_path))
+    assert block.count("| resnet20") == 2 and "| 91.00 (" in block and "| 80.00 (" in block, "the best of each method"
 
 
 def test_the_committed_reports_are_those_of_the_committed_results():

@@ -19,14 +19,16 @@ run() {
 }
 export -f run
 
-# NAME FLAGS. The teacher's outputs for a seed are computed once for all runs (--teacher_cache).
-sed "s|TRAINED|--recipe prune_gradual --resume $R20|; s|TAUGHT|--teacher $R56 --teacher_cache runs/teacher.db|
-    s|PUBLIC56|$R56|" <<'QUEUE' |
-C --recipe prune_gradual --macs_cut 0.5 --round_to 8 --tf32 --epochs 200
-D --arch resnet56 --recipe prune_gradual --resume PUBLIC56 --macs_cut 0.53 --round_to 8 --tf32 --epochs 40 TAUGHT
-30-late-seed2 TRAINED --macs_cut 0.52 --round_to 8 --tf32 --epochs 30 --prune_begin 0.05 --prune_end 0.5 --manualSeed 2
-30-late-seed3 TRAINED --macs_cut 0.52 --round_to 8 --tf32 --epochs 30 --prune_begin 0.05 --prune_end 0.5 --manualSeed 3
-B-seed2 TRAINED --macs_cut 0.5 --tf32 --epochs 60 --manualSeed 2 TAUGHT
-B-seed3 TRAINED --macs_cut 0.5 --tf32 --epochs 60 --manualSeed 3 TAUGHT
+# NAME FLAGS
+sed "s|TRAINED|--recipe prune_gradual --resume $R20 --tf32|; s|TAUGHT|--teacher $R56|
+    s|LONGER|--arch resnet56 --recipe prune_gradual --resume $R56 --macs_cut 0.53 --round_to 8 --tf32 --epochs 60|
+    s|SMALL|results/from-random-200-epochs/C/small.resnet20.pth.tar|" <<'QUEUE' |
+30-late-seed2 TRAINED --macs_cut 0.52 --round_to 8 --epochs 30 --prune_begin 0.05 --prune_end 0.5 --manualSeed 2
+30-late-seed3 TRAINED --macs_cut 0.52 --round_to 8 --epochs 30 --prune_begin 0.05 --prune_end 0.5 --manualSeed 3
+B-seed2 TRAINED --macs_cut 0.5 --epochs 60 --manualSeed 2 TAUGHT
+B-seed3 TRAINED --macs_cut 0.5 --epochs 60 --manualSeed 3 TAUGHT
+C-small --recipe baseline --widths_of SMALL -b 128 --lr_schedule cosine --lr 0.1 --warmup 1 --tf32 --epochs 200
+D60-kd9-seed2 LONGER -b 256 --lr 0.1 --manualSeed 2 TAUGHT --kd logits:KL:9:T=2,standardise=1
+D60-kd9-seed3 LONGER -b 256 --lr 0.1 --manualSeed 3 TAUGHT --kd logits:KL:9:T=2,standardise=1
 QUEUE
     xargs -P "${2:-1}" -I{} bash -c 'run {}'

@@ -98,21 +98,30 @@ def make_report(groups: list[SeedGroup], notes: list[str], *, base: Path, by_han
 
 
 def readme_block(groups: list[SeedGroup]) -> str:
-    """The README's table with its markers: the first full-length rows or, while there are none, shorter ones of recipes
-    as they are, beside the published rows that a full run of them will be compared with.
+    """The README's table with its markers: full-length rows, of each network and method the one of highest accuracy or,
+    while there are none, shorter ones of recipes as they are, beside the published rows that a full run of them will be
+    compared with.
     """
-    full = [group for group in groups if group.is_comparable]
+    best: dict[tuple, SeedGroup] = {}
+    for group in sorted((group for group in groups if group.is_comparable), key=lambda group: -group.mean):
+        run = group.first
+        best.setdefault((run.dataset, run.arch, run.init, run.method.removesuffix("+KD")), group)
+    full = [group for group in groups if group in best.values()]
     chosen = (full or [group for group in groups if group.first.is_usual and not group.first.data_remark])[:README_ROWS]
     rows = [row_cells(group, ROOT) for group in chosen]
     for group, row in zip(chosen, rows, strict=True):
-        row["published"] = "<br>".join(row["published"].split("<br>")[:README_PUBLISHED])
+        first = row["published"].split("<br>")[:README_PUBLISHED]
+        row["published"] = "<br>".join(cell.partition(" at as many ")[0] for cell in first)
         beside = list(published_beside(group.first, read_published()))[:README_PUBLISHED]
         if beside and not row["published"]:
             row["published"] = f"full length (not run): {'<br>'.join(map(str, beside))}"
     more = (
-        "One-shot: filters go before the first step, then SGD trains what is left; KD: with a teacher; †: needs care."
+        "Of each network and method the row of highest accuracy; published: as many filters or multiply-adds."
+        if full
+        else ""
     )
-    more += "\nAll rows, logs, commands, and what they do not show: [results/README.md](results/README.md)."
+    more += "\nOne-shot: filters go before the first step; KD: with a teacher; †: needs care.\n"
+    more += "All rows, logs, commands, and what they do not show: [results/README.md](results/README.md)."
     return "\n\n".join([BEGIN, *([] if full else [NONE_YET]), table(README, rows), more, END])
 
 

@@ -1,6 +1,7 @@
 """The picture of a comparison: accuracy against multiply-adds, published and own."""
 
 import io
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ from utils.tables.runs import SeedGroup
 
 # Points of accuracy below the best that a panel shows.
 SHOWN = 25
-XLABEL = "multiply-adds (millions): published by their cut; own counted, hollow by the papers' formula"
+XLABEL = "multiply-adds (millions)\npublished by their cut; own counted, hollow by the papers' formula"
+LABEL_WIDTH = 80  # characters in a line of the legend
 
 
 class Point(NamedTuple):
@@ -44,7 +46,7 @@ def panels_of(groups: list[SeedGroup], published: list[Published]) -> dict[str, 
             labels = [f"{row}{', pretrained' if row.init == 'pretrained' else ''}" for row in rows]
             points = zip(at, rows, labels, strict=True)
             panels[title] = [Point(x, None, row.acc, row.acc_std, label, False) for x, row, label in points]
-        label = f"OWN {group.mean:.2f} {run.name}, {run.epochs} epochs"
+        label = textwrap.fill(f"OWN {group.mean:.2f} {run.name}, {run.epochs} epochs", LABEL_WIDTH)
         formula = costs.full * (1 - costs.formula_cut) / 1e6 if costs.formula_cut else None
         panels.setdefault(title, []).append(Point(costs.left / 1e6, formula, group.mean, group.half_width, label, True))
     return panels
@@ -59,7 +61,8 @@ def draw_accuracy(groups: list[SeedGroup], published: list[Published], path: Pat
         return False
     from matplotlib.figure import Figure
 
-    heights = [max(2.8, 1.0 + 0.24 * len(points)) for points in panels.values()]
+    lines = [sum(1 + point.label.count("\n") for point in points) for points in panels.values()]
+    heights = [max(3.0, 1.0 + 0.24 * count) for count in lines]
     figure = Figure(figsize=(12, sum(heights)), layout="constrained")
     axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
     for panel, (title, points) in zip(axes, panels.items(), strict=True):

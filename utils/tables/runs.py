@@ -37,6 +37,7 @@ class Run:
         pruned: share of the filters removed from every layer in %; None where there is no one share.
         data_remark: why the images are not those of published figures, "" where they are.
         remark: why the accuracy must not be set beside published ones, "" where it may.
+        method: how filters go, "+KD" with a teacher.
         name: method and rate, and in what the recipe differs from that of its name.
         is_usual: it differs in nothing.
         key: what runs share that differ by their seed only.
@@ -76,10 +77,10 @@ class Run:
         self.remark = self.data_remark or (f"{self.epochs} epochs instead of {full}" if self.epochs < full else "")
         cut = f" {100 * settings['macs_cut']:g} % of multiply-adds" if settings.get("macs_cut") else ""
         small_of = [f"of {results.get('widths_from') or 'unknown'}"] if self.is_small else []
-        method = self._method() + (cut or (f" {rate:g} %" if rate else ""))
-        method += " of a cut network" if began_cut and (cut or rate) else ""
-        special = self._special()
-        self.name, self.is_usual = ", ".join([method, *small_of, *special]), not special
+        self.method, special = self._method(), self._special()
+        removed = cut or (f" {rate:g} %" if rate else "")
+        removed += " of a cut network" if began_cut and removed else ""
+        self.name, self.is_usual = ", ".join([self.method + removed, *small_of, *special]), not special
         own = [self.dataset, recipe, self.arch, teacher.get("arch"), teacher.get("sha256"), small_of, self.epochs]
         own += [self.costs.left] if began_cut else []
         self.key = json.dumps(
@@ -145,10 +146,10 @@ class Run:
         return ", ".join(largest.values())
 
     def _machine(self) -> str:
-        """Where the run was made, and in how many pieces."""
+        """Where the run was made; of several pieces results.json knows the last one's machine."""
         machine, pieces = self.results.get("machine", {}), self.results.get("pieces", 1)
         where = machine.get("gpu") or f"{machine.get('threads', '?')} of {machine.get('cpu_cores', '?')} CPU cores"
-        return where + (f", in {pieces} pieces" if pieces > 1 else "")
+        return f"last of {pieces} pieces on {where}" if pieces > 1 else where
 
 
 class SeedGroup:
