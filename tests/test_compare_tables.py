@@ -189,7 +189,8 @@ def test_a_full_row_says_everything(put, tmp_path):
     timings = [dict(device="cpu", batch_size=b, speed_up=s) for b, s in ((128, 1.25), (1, 9.0))]
     (folder / "latency.resnet20.json").write_text(json.dumps({"timings": timings}))
     parts = ["SFP 90.83 ± 0.31 (-42.2 %, FPGM-T1): **+0.17**<br>", "91.00 (91.50)", "random weights"]
-    parts += ["20.28 M (-50.0 %) | -42.2 %", "| 10, last of 3 pieces on ? of ? CPU cores |", "1.25 (batch 128, cpu)"]
+    parts += ["20.28 M (-50.0 %) | -42.2 %", "| 10, in 3 pieces, the last on ? of ? CPU cores |"]
+    parts += ["9.00 / 1.25 (batch 1 / 128, cpu)"]
     text = report(tmp_path).split("\n## ")[0]
     assert all(part in text for part in [*parts, "[seed 1](pruned/log_seed_1.txt)"])
 
@@ -299,7 +300,10 @@ def test_damaged_results_are_named_and_passed_over(put, tmp_path, content):
 def test_committed_runs_are_readable():
     runs = {run.folder.name: run for group in groups(ROOT / "results/cpu-10-epochs") for run in group.runs}
     assert len(runs) == 9 and runs["prune"].costs.left == 21_420_768 and runs["baseline"].costs.full == 40_551_040
-    assert runs["prune"].speed_up == "1.58 (batch 128, cpu)" and runs["prune_distill"].teacher == "resnet20 of 91.71 %"
+    assert (
+        runs["prune"].speed_up == "1.10 / 1.58 (batch 1 / 128, cpu)"
+        and runs["prune_distill"].teacher == "resnet20 of 91.71 %"
+    )
 
 
 def test_the_printed_commands_give_the_settings_of_the_committed_runs():
@@ -355,10 +359,16 @@ def test_the_line_after_training(put, changes, expected):
     assert expected in comparison_line({**results, **changes})
 
 
+def test_a_run_without_the_published_rows_ends_well(put, monkeypatch, tmp_path):
+    results = json.loads((put("a") / "results.json").read_text())
+    monkeypatch.setattr("utils.tables.compare.PUBLISHED", tmp_path / "away.csv")
+    assert comparison_line(results).endswith("away.csv' is not there")
+
+
 def test_update_writes_report_picture_and_the_readmes_block(put, tmp_path):
     put("results/full", last=91.0, no_regrow=True)
     put("results/short", last=70.0, **SHORT)
-    (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nPAST\n{END}\nafter\n")
     (tmp_path / "results/notes.md").write_text("## By hand\n\nStays | as it is.\n")
     update(tmp_path)
     text, readme = (tmp_path / "results/README.md").read_text(), (tmp_path / "README.md").read_text()
@@ -367,7 +377,7 @@ def test_update_writes_report_picture_and_the_readmes_block(put, tmp_path):
     assert "![accuracy against multiply-adds](accuracy.png)" in first
     assert "- full: `python cifar10_resnet_test.py DATA --recipe prune --no_regrow`\n" in rest
     assert "- short: `python cifar10_resnet_test.py DATA --recipe prune --schedule 1 3 6 8 --epochs 10`" in rest
-    assert readme.startswith(f"before\n{BEGIN}\n") and readme.endswith(f"{END}\nafter\n") and "old" not in readme
+    assert readme.startswith(f"before\n{BEGIN}\n") and readme.endswith(f"{END}\nafter\n") and "PAST" not in readme
     assert "91.00 (91.50)" in readme and "70.00" not in readme
     assert (tmp_path / "results/accuracy.png").read_bytes().startswith(b"\x89PNG")
     update(tmp_path)

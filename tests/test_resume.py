@@ -64,7 +64,9 @@ def test_a_continued_run_tells_how_long_it_needs_from_its_first_epoch_on(train, 
 
 def test_what_changed_is_named_and_what_is_finished_stays(train, tree, capsys):
     part = train("--epochs", 1)
-    hits = results(part)["test_hits"]
+    hits, recorded = results(part)["test_hits"], (part / "results.json").read_bytes()
+    bare(tree, "--resume", part / NAME)
+    assert (part / "results.json").read_bytes() == recorded, "no piece of training was added"
     for name in ("results.json", "curves.png", "metrics.csv"):
         (part / name).unlink()
     before = (part / NAME).read_bytes()

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Makes the runs that results/README.md still lacks, the most important first, AT_ONCE of them side by side (1):
+# Makes runs that results/README.md lacks, the most useful first, AT_ONCE of them side by side (1):
 #
 #     R20=resnet20-12fca82f.th R56=resnet56-4bfd9763.th bash results/unfinished/queue.sh DATA [AT_ONCE]
 #

@@ -3,7 +3,7 @@
 from itertools import combinations
 from pathlib import Path
 
-from utils.tables.published import Published, read_published
+from utils.tables.published import PUBLISHED, Published, read_published
 from utils.tables.runs import Run, SeedGroup
 from utils.tables.statistics import half_width_of_difference
 
@@ -71,6 +71,8 @@ def comparison_line(results: dict) -> str:
     Args:
         results: the content of a run's results.json.
     """
+    if not PUBLISHED.is_file():
+        return f"comparison with the papers: none, '{PUBLISHED}' is not there"
     run = Run(Path("no folder"), results)
     if run.data_remark == "SYNTHETIC DATA":
         return "comparison with the papers: none, the data is SYNTHETIC"

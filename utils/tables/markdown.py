@@ -12,7 +12,7 @@ from utils.tables.published import read_published
 from utils.tables.runs import ROOT, SeedGroup, find_runs
 
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
-README_ROWS, README_PUBLISHED = 6, 3
+README_ROWS, README_PUBLISHED = 6, 2
 NONE_YET = "No run of full length yet, so nothing here may be set beside a published figure."
 LEGEND = """\
 Top-1 accuracy in % on the test images. Own figures: last epoch, mean over seeds ± half the 95 % interval (variance
@@ -26,6 +26,11 @@ they started from: `published.csv`. Full length is 200 epochs from random weight
 epochs of published rows are not recorded. Multiply-adds of convolutions and linear layers for one image: counted in the
 network that is left, and by soft filter pruning's formula. Minutes are the whole run's. Speed-ups were read on a
 shared machine. The last line of a log is the comparison of its day; this table is today's.
+"""
+README_LEGEND = """
+Without ±: one seed, ± 0.6 by the test images alone. Of rows that differ in details the best is shown. Bold: less the
+highest published figures after as large a cut. One-shot: filters go before the first step; KD: with a teacher; †: needs
+care. All rows, logs, commands, and what they do not show: [results/README.md](results/README.md).
 """
 README = ("network", "method", "epochs", "started from", "top-1 %: last (best) epoch", "multiply-adds", "published")
 SHORT = (
@@ -98,31 +103,22 @@ def make_report(groups: list[SeedGroup], notes: list[str], *, base: Path, by_han
 
 
 def readme_block(groups: list[SeedGroup]) -> str:
-    """The README's table with its markers: full-length rows, of each network and method the one of highest accuracy or,
-    while there are none, shorter ones of recipes as they are, beside the published rows that a full run of them will be
-    compared with.
+    """The README's table with its markers: full-length rows, of those that differ in details the best one, beside the
+    highest published rows or, while there are none, shorter ones of recipes as they are.
     """
     best: dict[tuple, SeedGroup] = {}
     for group in sorted((group for group in groups if group.is_comparable), key=lambda group: -group.mean):
         run = group.first
-        best.setdefault((run.dataset, run.arch, run.init, run.method.removesuffix("+KD")), group)
+        best.setdefault((run.dataset, run.arch, run.started_from, run.method, run.asked, run.epochs), group)
     full = [group for group in groups if group in best.values()]
     chosen = (full or [group for group in groups if group.first.is_usual and not group.first.data_remark])[:README_ROWS]
     rows = [row_cells(group, ROOT) for group in chosen]
     for group, row in zip(chosen, rows, strict=True):
-        first = row["published"].split("<br>")[:README_PUBLISHED]
-        row["published"] = "<br>".join(cell.partition(" at as many ")[0] for cell in first)
-        beside = list(published_beside(group.first, read_published()))[:README_PUBLISHED]
-        if beside and not row["published"]:
-            row["published"] = f"full length (not run): {'<br>'.join(map(str, beside))}"
-    more = (
-        "Of each network and method the row of highest accuracy; published: as many filters or multiply-adds."
-        if full
-        else ""
-    )
-    more += "\nOne-shot: filters go before the first step; KD: with a teacher; †: needs care.\n"
-    more += "All rows, logs, commands, and what they do not show: [results/README.md](results/README.md)."
-    return "\n\n".join([BEGIN, *([] if full else [NONE_YET]), table(README, rows), more, END])
+        beside = sorted(published_beside(group.first, read_published()), key=lambda other: -other.acc)
+        lines = [other.short + (f": **{group.mean - other.acc:+.2f}**" if full else "") for other in beside]
+        row["published"] = "<br>".join(lines[:README_PUBLISHED])
+        row["published"] = f"full length (not run): {row['published']}" if lines and not full else row["published"]
+    return "\n\n".join([BEGIN, *([] if full else [NONE_YET]), table(README, rows), README_LEGEND.strip(), END])
 
 
 def replace_block(text: str, block: str) -> str:

@@ -75,7 +75,8 @@ def draw_accuracy(groups: list[SeedGroup], published: list[Published], path: Pat
                 panel.plot([point.macs, point.formula], [point.accuracy] * 2, color, linewidth=1)
                 panel.plot(point.formula, point.accuracy, color + marker, markersize=8, markerfacecolor="white")
         panel.set_title(title, loc="left", fontsize=9)
-        panel.set(xlabel=XLABEL, ylabel="top-1 accuracy (%)")
+        explained = any(point.formula or not point.is_own for point in points)
+        panel.set(xlabel=XLABEL if explained else XLABEL.partition("\n")[0], ylabel="top-1 accuracy (%)")
         # A run that failed would squeeze all others; it is named in the legend.
         panel.set_ylim(bottom=max(panel.get_ylim()[0], max(point.accuracy for point in points) - SHOWN))
         panel.grid(alpha=0.25)

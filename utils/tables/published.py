@@ -35,6 +35,12 @@ class Published:
     source: str
     doubt: str
 
+    @property
+    def short(self) -> str:
+        """Method, accuracy and cut."""
+        cut = f" (-{self.macs_cut:g} %)" if self.macs_cut else ""
+        return f"{self.method} {self.acc:.2f}{'†' if self.doubt else ''}{cut}"
+
     def __str__(self) -> str:
         """Method, accuracy, that of the trained network it began with, cut and source; †: the figure needs care."""
         std = f" ± {self.acc_std:.2f}" if self.acc_std is not None else ""

@@ -6,6 +6,7 @@ What a run is follows from its settings, never from the names of folders.
 import json
 import shlex
 from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 
 from utils.base.errors import UserError
@@ -37,7 +38,8 @@ class Run:
         pruned: share of the filters removed from every layer in %; None where there is no one share.
         data_remark: why the images are not those of published figures, "" where they are.
         remark: why the accuracy must not be set beside published ones, "" where it may.
-        method: how filters go, "+KD" with a teacher.
+        method: how filters go, with a teacher or without.
+        asked: the share that was to go, in words, "" for none.
         name: method and rate, and in what the recipe differs from that of its name.
         is_usual: it differs in nothing.
         key: what runs share that differ by their seed only.
@@ -78,9 +80,10 @@ class Run:
         cut = f" {100 * settings['macs_cut']:g} % of multiply-adds" if settings.get("macs_cut") else ""
         small_of = [f"of {results.get('widths_from') or 'unknown'}"] if self.is_small else []
         self.method, special = self._method(), self._special()
-        removed = cut or (f" {rate:g} %" if rate else "")
-        removed += " of a cut network" if began_cut and removed else ""
-        self.name, self.is_usual = ", ".join([self.method + removed, *small_of, *special]), not special
+        full_name = self.method + ("+KD" if self.teacher else "") + (", fine-tuned" if recipe == "finetune" else "")
+        self.asked = cut or (f" {rate:g} %" if rate else "")
+        full_name += self.asked + (" of a cut network" if began_cut and self.asked else "")
+        self.name, self.is_usual = ", ".join([full_name, *small_of, *special]), not special
         own = [self.dataset, recipe, self.arch, teacher.get("arch"), teacher.get("sha256"), small_of, self.epochs]
         own += [self.costs.left] if began_cut else []
         self.key = json.dumps(
@@ -107,8 +110,7 @@ class Run:
             name = "cut network"
         else:
             name = "heavy ball, unpruned" if self.settings["v"] else "unpruned" if self.teacher else "baseline"
-        fine_tuned = ", fine-tuned" if self.results["recipe"] == "finetune" else ""
-        return name + ("+KD" if self.teacher else "") + fine_tuned
+        return name
 
     def _special(self) -> list[str]:
         """In what the run differs from the usual settings of its recipe, in words."""
@@ -139,17 +141,20 @@ class Run:
         return f"{launcher}{script} {shlex.join(command_words(given))}"
 
     def _speed_up(self) -> str:
-        """Speed of the small network over the unpruned one in the largest mini-batch, from the latency files beside."""
+        """Speed of the small network over the unpruned one, by mini-batch, from the latency files beside."""
         files = [json.loads(file.read_text())["timings"] for file in self.folder.glob("latency.*.json")]
         rows = sorted((row["device"], row["batch_size"], row["speed_up"]) for timings in files for row in timings)
-        largest = {device: f"{times:.2f} (batch {batch}, {device})" for device, batch, times in rows}
-        return ", ".join(largest.values())
+        texts = []
+        for device, timings in groupby(rows, lambda row: row[0]):
+            _, batches, times = zip(*timings, strict=True)
+            texts.append(f"{' / '.join(f'{t:.2f}' for t in times)} (batch {' / '.join(map(str, batches))}, {device})")
+        return ", ".join(texts)
 
     def _machine(self) -> str:
         """Where the run was made; of several pieces results.json knows the last one's machine."""
         machine, pieces = self.results.get("machine", {}), self.results.get("pieces", 1)
         where = machine.get("gpu") or f"{machine.get('threads', '?')} of {machine.get('cpu_cores', '?')} CPU cores"
-        return f"last of {pieces} pieces on {where}" if pieces > 1 else where
+        return f"in {pieces} pieces, the last on {where}" if pieces > 1 else where
 
 
 class SeedGroup:

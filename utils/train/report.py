@@ -3,6 +3,7 @@
 import base64
 import copy
 import io
+import json
 import shlex
 import time
 from itertools import groupby
@@ -82,17 +83,19 @@ def write_report(trainer, *, curves: bool) -> dict:
     results = results_of(trainer)
     trainer.run.write_results(results)
     if curves and is_first():
-        draw_curves(trainer.history, title(trainer.arch, trainer.args), trainer.run.path / "curves.png")
+        loss = "loss (training: with the teacher's part)" if trainer.args.teacher else "loss"
+        draw_curves(trainer.history, title(trainer.arch, trainer.args), trainer.run.path / "curves.png", loss)
     return results
 
 
-def draw_curves(history: list[dict], title: str, path: Path) -> None:
+def draw_curves(history: list[dict], title: str, path: Path, loss: str = "loss") -> None:
     """Writes a PNG with top-1 accuracy on the left and loss on the right, training and test.
 
     Args:
         history: rows of metrics.csv.
         title: above both.
         path: of the PNG.
+        loss: what the losses are, in words.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -100,7 +103,7 @@ def draw_curves(history: list[dict], title: str, path: Path) -> None:
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2)
-    for panel, kind, label in zip(panels, ("acc", "loss"), ("top-1 accuracy (%)", "loss"), strict=True):
+    for panel, kind, label in zip(panels, ("acc", "loss"), ("top-1 accuracy (%)", loss), strict=True):
         for split in ("train", "test"):
             values = [row[f"{split}_{kind}"] for row in history]
             marker = "o" if len(epochs) <= 30 else None
@@ -120,6 +123,15 @@ def title(arch: str, args) -> str:
     cut = f", {100 * args.macs_cut:g} % of the multiply-adds cut" if args.macs_cut else ""
     kept = cut or (f", HTrate {args.HTrate:g}" if args.HTrate < 1 else "")
     return f"{arch} on {args.dataset}: {args.recipe}{kept}, batch {args.batch_size}, seed {args.manualSeed}"
+
+
+def finished_results(trainer) -> dict | None:
+    """The results.json that the finished run has already, None where there is none of it."""
+    try:
+        results = json.loads((trainer.run.path / "results.json").read_text(encoding="utf-8"))
+        return results if results["finished"] is True and results["epochs_done"] == trainer.epochs_done else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def results_of(trainer) -> dict:

@@ -67,6 +67,7 @@ class Trainer:
     Attributes:
         history: a row of metrics per epoch of this run.
         epochs_done: epochs behind the network, more than the history where it came from a file of another project.
+        trains: whether there are epochs left when the run starts.
         position: mini-batches behind it of the epoch under way; all of them while the network is tested.
         best: best test accuracy of this run so far, in %; -1 before the first epoch.
         first_counted: from this epoch on an accuracy can be the best one.
@@ -166,13 +167,13 @@ class Trainer:
             Stopped: on SIGTERM or Ctrl-C, after the mini-batch at hand, with a checkpoint.
             UserError: the loss is not finite, or the filters do not follow the plan.
         """
-        self.run = run
+        self.run, self.trains = run, self.epochs_done < self.args.epochs
         report.log_settings(self)
         try:
             with self._explained(), stop.deferred():
                 run.write_metrics(self.history)
                 first = self.epochs_done
-                if self.pruning and self.pruning.at_once and first < self.args.epochs:
+                if self.pruning and self.pruning.at_once and self.trains:
                     step = self.steps_before(first) + self.position
                     self._prune(step)
                     self._cut(step)
@@ -360,14 +361,17 @@ class Trainer:
 
     def finish(self) -> dict | None:
         """Writes the small network where filters are gone, curves.png and results.json; the results, None without an
-        epoch. Also when no epoch was left: the run may have been killed between its last checkpoint and its results.
+        epoch. Where no epoch was left the results stay those of the machine that trained; they are written only if the
+        run was killed between its last checkpoint and its results.
         """
         if not self.history:
             return None
         with self._explained():
-            if is_first() and (self.thresholds or self.pruning or self.numbering):
-                self.facts["small"] = report.write_small_network(self)
-            results = report.write_report(self, curves=True)
+            results = None if self.trains else report.finished_results(self)
+            if results is None:
+                if is_first() and (self.thresholds or self.pruning or self.numbering):
+                    self.facts["small"] = report.write_small_network(self)
+                results = report.write_report(self, curves=True)
         last, best, epoch = (results[name] for name in ("last_epoch_accuracy", "best_epoch_accuracy", "best_epoch"))
         self.run.log(
             f"\nlast epoch {last:.2f} %, best epoch {best:.2f} % (epoch {epoch}); log, metrics.csv, curves.png, "
