@@ -23,8 +23,6 @@ export -f run
 sed "s|TRAINED|--recipe prune_gradual --resume $R20 --tf32|; s|TAUGHT|--teacher $R56|
     s|LONGER|--arch resnet56 --recipe prune_gradual --resume $R56 --macs_cut 0.53 --round_to 8 --tf32 --epochs 60|
     s|SMALL|results/from-random-200-epochs/C/small.resnet20.pth.tar|" <<'QUEUE' |
-30-late-seed2 TRAINED --macs_cut 0.52 --round_to 8 --epochs 30 --prune_begin 0.05 --prune_end 0.5 --manualSeed 2
-30-late-seed3 TRAINED --macs_cut 0.52 --round_to 8 --epochs 30 --prune_begin 0.05 --prune_end 0.5 --manualSeed 3
 B-seed2 TRAINED --macs_cut 0.5 --epochs 60 --manualSeed 2 TAUGHT
 B-seed3 TRAINED --macs_cut 0.5 --epochs 60 --manualSeed 3 TAUGHT
 C-small --recipe baseline --widths_of SMALL -b 128 --lr_schedule cosine --lr 0.1 --warmup 1 --tf32 --epochs 200
