@@ -359,10 +359,51 @@ def test_the_line_after_training(put, changes, expected):
     assert expected in comparison_line({**results, **changes})
 
 
-def test_a_run_without_the_published_rows_ends_well(put, monkeypatch, tmp_path):
+@pytest.mark.parametrize("content", [None, "method\nx\n", b"\xff\xfe"])
+def test_a_run_without_the_published_rows_ends_well(put, monkeypatch, tmp_path, content):
     results = json.loads((put("a") / "results.json").read_text())
-    monkeypatch.setattr("utils.tables.compare.PUBLISHED", tmp_path / "away.csv")
-    assert comparison_line(results).endswith("away.csv' is not there")
+    file = tmp_path / "rows.csv"
+    if content:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.setattr("utils.tables.published.PUBLISHED", file)
+    line = comparison_line(results)
+    assert line.startswith("comparison with the papers: none, ") and "rows.csv'" in line
+
+
+def test_a_damaged_latency_file_costs_no_row(put, tmp_path):
+    (put("a") / "latency.resnet20.json").write_text("[")
+    (group,) = groups(tmp_path)
+    assert group.first.speed_up == "'latency.resnet20.json' is damaged"
+
+
+def test_runs_on_other_images_or_from_other_networks_are_no_seeds_of_each_other(put, tmp_path):
+    hits = np.arange(10_000) < 9_000
+    for name in ("cats", "dogs"):
+        hits_of = pack_hits(torch.from_numpy(hits), (name * 12)[:12])
+        put(name, changes={"dataset": "folder", "test_hits": hits_of}, dataset="folder")
+        put(f"from {name}", "prune_gradual", started_from=f"runs/{name}/checkpoint.resnet20.pth.tar")
+    assert len(groups(tmp_path)) == 4
+    assert {group.first.started_from for group in groups(tmp_path)} >= {"trained cats/checkpoint.resnet20.pth.tar"}
+
+
+def test_damaged_or_missing_results_are_named_before_anything_is_written(put, tmp_path):
+    (tmp_path / "README.md").write_text(f"{BEGIN}\nkept\n{END}\n")
+    put("results/a")
+    (put("results/b") / "results.json").write_text("{")
+    with pytest.raises(UserError, match=r"results/b is damaged.*nothing has been written"):
+        update(tmp_path)
+    for name in "ab":
+        (tmp_path / "results" / name / "results.json").unlink()
+    with pytest.raises(UserError, match=r"no results\.json"):
+        update(tmp_path)
+    assert "kept" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("name", "message"), [("a.jpg", "must end in .png"), ("a.png", "nothing to draw")])
+def test_a_picture_overwrites_nothing_else_and_is_never_left_out_silently(tmp_path, name, message):
+    with pytest.raises(UserError, match=message):
+        main([str(tmp_path), "--picture", str(tmp_path / name)])
+    assert not list(tmp_path.iterdir())
 
 
 def test_update_writes_report_picture_and_the_readmes_block(put, tmp_path):

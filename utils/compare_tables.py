@@ -29,14 +29,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.update:
         print("\n".join(f"written: {show_path(path)}" for path in update()))
         return
+    if args.picture is not None and not args.picture.endswith(".png"):
+        raise UserError(f"--picture '{args.picture}' must end in .png")
     folders = [Path(name) for name in args.folders] or [path for path in (ROOT / "results", RUNS) if path.is_dir()]
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"'{folder}' is no folder; give folders that hold results.json")
     groups, notes = find_runs(folders)
     print(make_report(groups, notes, base=Path.cwd()), end="")
-    if args.picture:
-        draw_accuracy(groups, read_published(), Path(args.picture))
+    if args.picture and not draw_accuracy(groups, read_published(), Path(args.picture)):
+        raise UserError(f"there is nothing to draw, so '{args.picture}' was not written; give folders of finished runs")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from itertools import combinations
 from pathlib import Path
 
-from utils.tables.published import PUBLISHED, Published, read_published
+from utils.base.errors import UserError
+from utils.tables.published import Published, read_published
 from utils.tables.runs import Run, SeedGroup
 from utils.tables.statistics import half_width_of_difference
 
@@ -71,8 +72,6 @@ def comparison_line(results: dict) -> str:
     Args:
         results: the content of a run's results.json.
     """
-    if not PUBLISHED.is_file():
-        return f"comparison with the papers: none, '{PUBLISHED}' is not there"
     run = Run(Path("no folder"), results)
     if run.data_remark == "SYNTHETIC DATA":
         return "comparison with the papers: none, the data is SYNTHETIC"
@@ -80,7 +79,10 @@ def comparison_line(results: dict) -> str:
         return "comparison with the papers: none, they have no small network trained from scratch"
     cut = f", {100 * run.costs.cut:.1f} % fewer multiply-adds" if run.costs.cut else ""
     what = f"{run.arch} {run.name}{cut}, {run.epochs} epochs from {run.started_from}"
-    rows = published_beside(run, read_published())
+    try:
+        rows = published_beside(run, read_published())
+    except UserError as error:
+        return f"comparison with the papers: none, {error}"
     if not rows:
         return f"comparison with the papers: none, no published row like {what}"
     published = "; ".join(

@@ -28,9 +28,9 @@ network that is left, and by soft filter pruning's formula. Minutes are the whol
 shared machine. The last line of a log is the comparison of its day; this table is today's.
 """
 README_LEGEND = """
-Without ±: one seed, ± 0.6 by the test images alone. Of rows that differ in details the best is shown. Bold: less the
-highest published figures after as large a cut. One-shot: filters go before the first step; KD: with a teacher; †: needs
-care. All rows, logs, commands, and what they do not show: [results/README.md](results/README.md).
+Without ±: one seed, up to ± 0.6 by the test images. Of similar rows the best is shown. Bold: less the highest published
+figures at a near cut. One-shot: filters go before the first step; KD: with a teacher; †: needs care. All rows, logs,
+commands, and what they do not show: [results/README.md](results/README.md).
 """
 README = ("network", "method", "epochs", "started from", "top-1 %: last (best) epoch", "multiply-adds", "published")
 SHORT = (
@@ -54,7 +54,7 @@ def row_cells(group: SeedGroup, base: Path) -> dict[str, str]:
         times.setdefault(r.machine, []).append(f"{r.results['seconds'] / 60:.0f}")
     counted = "" if costs.left is None else f"{costs.left / 1e6:.2f} M"
     return {
-        "network": run.arch,
+        "network": run.arch + ("" if run.dataset == "cifar10" else f" on {run.dataset}"),
         "method": run.name + (f" **{run.data_remark}**" if run.data_remark else ""),
         "epochs": str(run.epochs),
         "started from": run.started_from,
@@ -133,9 +133,17 @@ def replace_block(text: str, block: str) -> str:
 
 
 def update(root: Path = ROOT) -> list[Path]:
-    """Renews results/README.md, with results/notes.md in it, results/accuracy.png and the block in README.md."""
+    """Renews results/README.md, with results/notes.md in it, results/accuracy.png and the block in README.md.
+
+    Raises:
+        UserError: a results.json is damaged, or there is none.
+    """
     folder, readme, picture = root / "results", root / "README.md", root / "results" / "accuracy.png"
     groups, notes = find_runs([folder])
+    if damaged := [note for note in notes if " is damaged " in note]:
+        raise UserError(f"{'; '.join(damaged)}; repair or remove it, nothing has been written")
+    if not groups:
+        raise UserError("results/ holds no results.json of a finished run; nothing has been written")
     text = replace_block(readme.read_text(encoding="utf-8"), readme_block(groups))
     hand = folder / "notes.md"
     by_hand = hand.read_text(encoding="utf-8") if hand.is_file() else ""
@@ -143,4 +151,4 @@ def update(root: Path = ROOT) -> list[Path]:
     report = make_report(groups, notes, base=folder, by_hand=by_hand, picture=drawn)
     replace_file(folder / "README.md", report.encode())
     replace_file(readme, text.encode())
-    return [folder / "README.md", picture, readme]
+    return [folder / "README.md", *([picture] if drawn else []), readme]

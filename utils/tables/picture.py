@@ -46,7 +46,9 @@ def panels_of(groups: list[SeedGroup], published: list[Published]) -> dict[str, 
             labels = [f"{row}{', pretrained' if row.init == 'pretrained' else ''}" for row in rows]
             points = zip(at, rows, labels, strict=True)
             panels[title] = [Point(x, None, row.acc, row.acc_std, label, False) for x, row, label in points]
-        label = textwrap.fill(f"OWN {group.mean:.2f} {run.name}, {run.epochs} epochs", LABEL_WIDTH)
+        label = textwrap.fill(
+            f"OWN {group.mean:.2f} {run.name}, {run.epochs} epochs", LABEL_WIDTH, break_on_hyphens=False
+        )
         formula = costs.full * (1 - costs.formula_cut) / 1e6 if costs.formula_cut else None
         panels.setdefault(title, []).append(Point(costs.left / 1e6, formula, group.mean, group.half_width, label, True))
     return panels
@@ -69,12 +71,13 @@ def draw_accuracy(groups: list[SeedGroup], published: list[Published], path: Pat
         for i, point in enumerate(sorted(points, key=lambda point: -point.accuracy)):
             color, marker = f"C{i % 10}", ("oDv^" if point.is_own else "sPX*")[i // 10 % 4]
             style = dict(fmt=marker, markersize=8) if point.is_own else dict(fmt=marker, markersize=5, alpha=0.7)
-            style |= dict(yerr=point.bar, color=color, capsize=3, label=point.label)
+            # A $ would begin a formula.
+            style |= dict(yerr=point.bar, color=color, capsize=3, label=point.label.replace("$", r"\$"))
             panel.errorbar(point.macs, point.accuracy, **style)
             if point.formula:
                 panel.plot([point.macs, point.formula], [point.accuracy] * 2, color, linewidth=1)
                 panel.plot(point.formula, point.accuracy, color + marker, markersize=8, markerfacecolor="white")
-        panel.set_title(title, loc="left", fontsize=9)
+        panel.set_title(title.replace("$", r"\$"), loc="left", fontsize=9)
         explained = any(point.formula or not point.is_own for point in points)
         panel.set(xlabel=XLABEL if explained else XLABEL.partition("\n")[0], ylabel="top-1 accuracy (%)")
         # A run that failed would squeeze all others; it is named in the legend.

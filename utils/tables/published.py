@@ -50,19 +50,24 @@ class Published:
         return f"{self.method} {self.acc:.2f}{std}{'†' if self.doubt else ''} ({', '.join(facts)})"
 
 
-def read_published(path: Path = PUBLISHED) -> list[Published]:
-    """Every row, in the file's order. Lines that begin with # are comments.
+def read_published(path: Path | None = None) -> list[Published]:
+    """Every row of results/published.csv, or of another file, in its order. Lines that begin with # are comments.
 
     Raises:
-        UserError: a row that is not well-formed.
+        UserError: the file cannot be read, or a row is not well-formed.
     """
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    path = path or PUBLISHED
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if not line.startswith("#")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the published figures in '{path}' cannot be read: {error}") from None
     rows = []
     for cells in csv.DictReader(lines):
         try:
             if None in cells.values() or not cells["acc"]:
                 raise ValueError("cells are missing")
             rows.append(Published(**{n: (float(v) if v else None) if n in NUMBERS else v for n, v in cells.items()}))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"'{path}' has a damaged row, {','.join(map(str, cells.values()))}: {error}") from None
+        except (LookupError, TypeError, ValueError) as error:
+            found = ",".join(map(str, cells.values()))
+            raise UserError(f"'{path}' has a damaged row, {found}: {type(error).__name__} {error}") from None
     return rows

@@ -64,7 +64,9 @@ class Run:
         self.teacher = f"{teacher['arch']} of {teacher['accuracy']:.2f} %" if teacher else ""
         file = settings.get("started_from") or settings.get("use_pretrain")
         self.init = "pretrained" if file or recipe == "finetune" else "scratch"
-        trained = f"trained {Path(file).name}" if isinstance(file, str) else "trained weights"
+        # A run's own checkpoints have the same names in all folders.
+        parts = Path(file).parts[-2 if Path(file).match("*.pth.tar") else -1 :] if isinstance(file, str) else ()
+        trained = f"trained {'/'.join(parts)}" if parts else "trained weights"
         self.started_from = trained if self.init == "pretrained" else "random weights"
         self._usual = {**usual, **(recipes_of(self.dataset)[recipe].get("trained", {}) if file else {})}
         self._usual |= {"image_size": 224} if self.dataset == "imagenet" else {}
@@ -82,10 +84,12 @@ class Run:
         self.method, special = self._method(), self._special()
         full_name = self.method + ("+KD" if self.teacher else "") + (", fine-tuned" if recipe == "finetune" else "")
         self.asked = cut or (f" {rate:g} %" if rate else "")
-        full_name += self.asked + (" of a cut network" if began_cut and self.asked else "")
+        self.asked += " of a cut network" if began_cut and self.asked else ""
+        full_name += self.asked
         self.name, self.is_usual = ", ".join([full_name, *small_of, *special]), not special
         own = [self.dataset, recipe, self.arch, teacher.get("arch"), teacher.get("sha256"), small_of, self.epochs]
         own += [self.costs.left] if began_cut else []
+        own += [self.test_set] if self.dataset == "folder" else []
         self.key = json.dumps(
             [identity(settings), own, self.started_from, self.images, self.arithmetic], sort_keys=True
         )
@@ -142,8 +146,14 @@ class Run:
 
     def _speed_up(self) -> str:
         """Speed of the small network over the unpruned one, by mini-batch, from the latency files beside."""
-        files = [json.loads(file.read_text())["timings"] for file in self.folder.glob("latency.*.json")]
-        rows = sorted((row["device"], row["batch_size"], row["speed_up"]) for timings in files for row in timings)
+        rows = []
+        for file in self.folder.glob("latency.*.json"):
+            try:
+                timings = json.loads(file.read_text(encoding="utf-8"))["timings"]
+                rows += [(str(row["device"]), int(row["batch_size"]), float(row["speed_up"])) for row in timings]
+            except (OSError, ValueError, LookupError, TypeError):
+                return f"'{file.name}' is damaged"
+        rows.sort()
         texts = []
         for device, timings in groupby(rows, lambda row: row[0]):
             _, batches, times = zip(*timings, strict=True)
@@ -204,6 +214,8 @@ def read_run(file: Path) -> Run:
         run = Run(file.parent, json.loads(file.read_text(encoding="utf-8")))
         if not (0 <= run.accuracy <= 100 and run.results["finished"] in (True, False) and SeedGroup([run]).accuracy()):
             raise ValueError(f"accuracy {run.accuracy} %, finished {run.results['finished']}")
+        if not (run.results["seconds"] >= 0 and run.seed == int(run.seed) and min(run.images) > 0):
+            raise ValueError(f"{run.results['seconds']} s, seed {run.seed}, {run.images} images")
     except Exception as error:  # a damaged file may hold anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         raise UserError(f"{show_path(file.parent)} is damaged and passed over: {reason}") from None

@@ -126,11 +126,13 @@ def title(arch: str, args) -> str:
 
 
 def finished_results(trainer) -> dict | None:
-    """The results.json that the finished run has already, None where there is none of it."""
+    """The results.json that the finished run has already, None where it or what goes with it is not complete."""
     try:
         results = json.loads((trainer.run.path / "results.json").read_text(encoding="utf-8"))
-        return results if results["finished"] is True and results["epochs_done"] == trainer.epochs_done else None
-    except (OSError, ValueError, LookupError, TypeError):
+        complete = results["finished"] is True and results["epochs_done"] == trainer.epochs_done
+        complete = complete and "error" not in results.get("small", {}) and (trainer.run.path / "curves.png").is_file()
+        return results if complete else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
