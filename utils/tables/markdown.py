@@ -28,9 +28,9 @@ network that is left, and by soft filter pruning's formula. Minutes are the whol
 shared machine. The last line of a log is the comparison of its day; this table is today's.
 """
 README_LEGEND = """
-Without ±: one seed, up to ± 0.6 by the test images. Of similar rows the best is shown. Bold: less the highest published
-figures at a near cut. One-shot: filters go before the first step; KD: with a teacher; †: needs care. All rows, logs,
-commands, and what they do not show: [results/README.md](results/README.md).
+Without ±: one seed, up to ± 0.6 by the test images. Of similar rows the best is shown. Bold: less the highest
+published figures at a near cut. One-shot: filters go before the first step; KD: with a teacher; †: needs care. All
+rows, logs, commands, and what they do not show: [results/README.md](results/README.md).
 """
 README = ("network", "method", "epochs", "started from", "top-1 %: last (best) epoch", "multiply-adds", "published")
 SHORT = (
@@ -116,8 +116,8 @@ def readme_block(groups: list[SeedGroup]) -> str:
     for group, row in zip(chosen, rows, strict=True):
         beside = sorted(published_beside(group.first, read_published()), key=lambda other: -other.acc)
         lines = [other.short + (f": **{group.mean - other.acc:+.2f}**" if full else "") for other in beside]
-        row["published"] = "<br>".join(lines[:README_PUBLISHED])
-        row["published"] = f"full length (not run): {row['published']}" if lines and not full else row["published"]
+        not_run = "full length (not run): " if lines and not full else ""
+        row["published"] = not_run + "<br>".join(lines[:README_PUBLISHED])
     return "\n\n".join([BEGIN, *([] if full else [NONE_YET]), table(README, rows), README_LEGEND.strip(), END])
 
 

@@ -64,9 +64,10 @@ class Run:
         self.teacher = f"{teacher['arch']} of {teacher['accuracy']:.2f} %" if teacher else ""
         file = settings.get("started_from") or settings.get("use_pretrain")
         self.init = "pretrained" if file or recipe == "finetune" else "scratch"
-        # A run's own checkpoints have the same names in all folders.
-        parts = Path(file).parts[-2 if Path(file).match("*.pth.tar") else -1 :] if isinstance(file, str) else ()
-        trained = f"trained {'/'.join(parts)}" if parts else "trained weights"
+        trained = "trained weights"
+        if isinstance(file, str):
+            # Checkpoints of own runs have the same names in all folders.
+            trained = f"trained {'/'.join(Path(file).parts[-2 if file.endswith('.pth.tar') else -1 :])}"
         self.started_from = trained if self.init == "pretrained" else "random weights"
         self._usual = {**usual, **(recipes_of(self.dataset)[recipe].get("trained", {}) if file else {})}
         self._usual |= {"image_size": 224} if self.dataset == "imagenet" else {}
